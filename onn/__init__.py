@@ -1,0 +1,1 @@
+"""`onn`: pure functions for networks of very many, very small experts."""

@@ -1,0 +1,72 @@
+"""Sums of outer products over segments of sorted rows: the weight gradient of ragged experts, as one raw operator.
+
+A raw `torch.library` operator stands inside an `autograd.Function`, under `vmap` and in a compiled graph alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+_library = torch.library.Library("onn", "DEF")
+_library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
+
+
+def segment_outer(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    """`out[e] = sum of outer(rows[r], x[token[r]])` over the rows `ends[e - 1] <= r < ends[e]`.
+
+    Args:
+        rows: [R, I], sorted by segment.
+        x: [T, H].
+        token: [R] int64, the row of `x` that belongs to each row.
+        ends: [E] int64, ascending, at most R; rows from `ends[-1]` on belong to nobody.
+
+    Returns:
+        [E, I, H] in the dtype of `rows`; zeros for an empty segment.
+    """
+    out: Tensor = torch.ops.onn.segment_outer(rows, x, token, ends)
+    return out
+
+
+def _by_segment(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    out = rows.new_zeros(ends.shape[0], rows.shape[1], x.shape[1])
+    start = 0
+    for segment, end in zip(out.unbind(0), ends.tolist(), strict=True):
+        if end > start:
+            torch.mm(rows[start:end].mT, x.index_select(0, token[start:end]), out=segment)
+        start = end
+    return out
+
+
+def _grouped(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    aligned = (rows.shape[1] * rows.element_size()) % 16 == 0 and (x.shape[1] * x.element_size()) % 16 == 0
+    if rows.dtype != torch.bfloat16 or not aligned:
+        return _by_segment(rows, x, token, ends)
+    return grouped_mm(rows.mT, x.index_select(0, token), offs=ends.to(torch.int32))
+
+
+def _shape(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0], rows.shape[1], x.shape[1])
+
+
+def _batched(
+    info: object, in_dims: tuple[int | None, ...], rows: Tensor, x: Tensor, token: Tensor, ends: Tensor
+) -> tuple[Tensor, int]:
+    """A batch of banks is one bank of more experts; rows of nobody go to a segment after the last of each bank."""
+    size = next(t.shape[d] for t, d in zip((rows, x, token, ends), in_dims, strict=True) if d is not None)
+    rows, x, token, ends = (
+        t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in zip((rows, x, token, ends), in_dims, strict=True)
+    )
+    R, T = rows.shape[1], x.shape[1]
+    bank = torch.arange(size, device=rows.device)[:, None]
+    closed = torch.cat([ends, torch.full_like(ends[:, :1], R)], dim=1) + bank * R
+    out = segment_outer(rows.flatten(0, 1), x.flatten(0, 1), (token + bank * T).flatten(), closed.flatten())
+    return out.unflatten(0, closed.shape)[:, :-1], 0
+
+
+_library.impl("segment_outer", _by_segment, "CPU")
+_library.impl("segment_outer", _grouped, "CUDA")
+torch.library.register_fake("onn::segment_outer", _shape, lib=_library)
+torch.library.register_vmap("onn::segment_outer", _batched, lib=_library)
