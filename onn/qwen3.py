@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import torch
@@ -31,7 +31,15 @@ MAX_EXPERT_SIZE = 96
 MIN_EXPERTS = 10
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+class Modules(NamedTuple):
+    """transformers' own modules, without parameters."""
+
+    attention: nn.Module
+    norm: nn.Module
+    rotary: nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
 class Qwen3Config:
     """Architecture of a Qwen3 language model, under the names of its `config.json`."""
 
@@ -58,6 +66,17 @@ class Qwen3Config:
             f"num_key_value_heads={self.num_key_value_heads}.",
         )
         check.require(self.head_dim % 2 == 0, f"Qwen3Config: head_dim={self.head_dim} is odd; rotary needs pairs.")
+        _ = self.modules
+
+    @cached_property
+    def modules(self) -> Modules:
+        """Built with the configuration, so that a compiled function finds them instead of tracing their making."""
+        reference = transformers_config(self)
+        rotary = Qwen3RotaryEmbedding(reference)
+        with torch.device("meta"):
+            attention = Qwen3Attention(reference, layer_idx=0).eval()
+            norm = Qwen3RMSNorm(self.hidden_size, eps=self.rms_norm_eps)
+        return Modules(attention=attention, norm=norm, rotary=rotary)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +182,6 @@ class Output(NamedTuple):
     """One entry for each carved layer, in order; empty for a dense model."""
 
 
-class _Modules(NamedTuple):
-    attention: nn.Module
-    norm: nn.Module
-    rotary: nn.Module
-
-
 def transformers_config(config: Qwen3Config) -> TransformersConfig:
     """The same architecture as transformers' own configuration."""
     reference = TransformersConfig(
@@ -187,16 +200,6 @@ def transformers_config(config: Qwen3Config) -> TransformersConfig:
     )
     reference._attn_implementation = "sdpa"
     return reference
-
-
-@lru_cache(maxsize=16)
-def _modules(config: Qwen3Config) -> _Modules:
-    reference = transformers_config(config)
-    rotary = Qwen3RotaryEmbedding(reference)
-    with torch.device("meta"):
-        attention = Qwen3Attention(reference, layer_idx=0).eval()
-        norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return _Modules(attention=attention, norm=norm, rotary=rotary)
 
 
 def abstract(config: Qwen3Config) -> Model:
@@ -229,7 +232,7 @@ def init(noise: Model, *, config: Qwen3Config, dtype: torch.dtype) -> Model:
 
 
 def _norm(weight: Tensor, x: Tensor, config: Qwen3Config) -> Tensor:
-    return cast("Tensor", functional_call(_modules(config).norm, {"weight": weight}, (x,)))
+    return cast("Tensor", functional_call(config.modules.norm, {"weight": weight}, (x,)))
 
 
 def _attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor], config: Qwen3Config) -> Tensor:
@@ -242,13 +245,13 @@ def _attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor]
         "k_norm.weight": attention.k_norm,
     }
     arguments = {"hidden_states": x, "position_embeddings": positions, "attention_mask": None}
-    output, _ = functional_call(_modules(config).attention, dict(weights), (), arguments)
+    output, _ = functional_call(config.modules.attention, dict(weights), (), arguments)
     return cast("Tensor", output)
 
 
 def _rotary(x: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
     positions = torch.arange(x.shape[1], device=x.device)[None]
-    return cast("tuple[Tensor, Tensor]", _modules(config).rotary(x, positions))
+    return cast("tuple[Tensor, Tensor]", config.modules.rotary(x, positions))
 
 
 def mlp_forward(mlp: Mlp, x: Tensor) -> Tensor:

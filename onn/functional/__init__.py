@@ -7,6 +7,9 @@ from onn.functional.experts import (
     Residuals as Residuals,
 )
 from onn.functional.experts import (
+    TapName as TapName,
+)
+from onn.functional.experts import (
     bank as bank,
 )
 from onn.functional.experts import (

@@ -1,0 +1,287 @@
+"""What training minimises and measures: the language loss, its surprise, and what the routers learn from it.
+
+Shape letters: B batch, S sequence, T = B S tokens, H hidden, E experts, L carved layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import onn.functional as F
+from onn import check, qwen3, tree
+from onn.data import Batch
+from onn.functional.transform import Taps
+from onn.qwen3 import Carved, Model, Moe
+
+Granularity = Literal["token", "batch", "off"]
+RouterTarget = Literal["surprise", "normalised", "counterfactual"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW, its schedule and clipping."""
+
+    lr: float
+    """Peak learning rate."""
+    warmup: int
+    """Steps to the peak."""
+    floor: float
+    """Last learning rate as a share of the peak."""
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    """Largest global norm of the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IntegrityConfig:
+    """Predictive integrity."""
+
+    alpha: float
+    """Sensitivity."""
+    gamma: float
+    """Share of surprise against error."""
+    tau_floor: float
+    """Lower bound of the output entropy, in nats."""
+    delta: float
+    """Penalty of unsteadiness in the integral over a run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterConfig:
+    """How the router is taught beside the gradient of the main loss."""
+
+    target: RouterTarget
+    """Surprise of the active experts, the same without the combine weight, or the counterfactual one of all experts."""
+    weight: float
+    """Weight of all router losses together."""
+    w_ce: float
+    """Cross-entropy with the least surprised expert."""
+    w_kl: float
+    """Divergence from the distribution over surprise."""
+    w_diversity: float
+    """Orthogonality of the prototypes."""
+    w_simplicity: float
+    """Small prototypes."""
+    temperature: float
+    """Margins are divided by it before every softmax."""
+    sensitivity: float
+    """Steepness of the PI-adaptive mix of surprise and balance."""
+    pi_threshold: float
+    """PI at which surprise and balance weigh the same; below it balance wins."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DensityConfig:
+    """The controller that brings the share of active experts down and holds it."""
+
+    target: float
+    """k / E to reach."""
+    ramp_steps: int
+    """Steps from every expert open to the target."""
+    gain: float
+    """Share of the measured error that is corrected each step."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that mean nothing."""
+        check.between("DensityConfig", "target", self.target, 0, 1)
+        check.between("DensityConfig", "gain", self.gain, 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeTraining:
+    """Everything that only a carved model needs."""
+
+    moe: qwen3.MoeConfig
+    granularity: Granularity
+    """SMK by token, by batch, or off."""
+    router: RouterConfig
+    density: DensityConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepConfig:
+    """What `step` needs to know; static, so a compiled step is compiled once."""
+
+    model: qwen3.Qwen3Config
+    sparse: MoeTraining | None
+    """`None` for a dense model."""
+    optim: OptimConfig
+    integrity: IntegrityConfig
+    total_steps: int
+    engine: tree.Engine
+
+
+class Measured(NamedTuple):
+    """What the main loss knows besides itself."""
+
+    tau: Tensor
+    """Scalar: mean output entropy in nats."""
+    accuracy: Tensor
+    """Scalar: share of counted targets that are the most likely token."""
+    carved: tuple[Carved, ...]
+
+
+class SparseMetrics(NamedTuple):
+    """Figures that only a carved model has."""
+
+    surprise: Tensor
+    """Scalar: mean over layers and active pairs."""
+    pi: Tensor
+    """Scalar: predictive integrity."""
+    active_share: Tensor
+    """Scalar: active pairs over all pairs, k / E."""
+    target_share: Tensor
+    """Scalar: what the controller aims at."""
+    gate: F.GateAccuracy
+    usage: F.Usage
+    """[L, E] each"""
+    surprise_by_expert: Tensor
+    """[L, E]: mean over the tokens that each expert was active on; NaN without any."""
+    non_finite: Tensor
+    """Scalar int64: active pairs whose surprise is NaN or infinite."""
+
+
+def carved_layers(model: Model) -> list[Moe]:
+    """The carved layers of a model, in order."""
+    return [layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)]
+
+
+def language_loss(
+    model: Model, batch: Batch, taps: Taps, *, config: qwen3.Qwen3Config, moe: qwen3.MoeConfig | None
+) -> tuple[Tensor, Measured]:
+    """Mean cross-entropy in nats over the targets that count, in float32 (float64 for float64 models).
+
+    Args:
+        model: parameters.
+        batch: text.
+        taps: see `qwen3.forward`.
+        config: architecture.
+        moe: routing of the carved layers.
+
+    Returns:
+        The loss and what else the forward pass tells.
+    """
+    output = qwen3.forward(model, batch.tokens, taps, config=config, moe=moe)
+    logits = output.logits.flatten(0, 1).to(F.reduction_dtype(output.logits.dtype))
+    counted = batch.mask.flatten().to(logits.dtype)
+    total = counted.sum().clamp_min(1)
+    targets = batch.targets.flatten()
+    loss = (cross_entropy(logits, targets, reduction="none") * counted).sum() / total
+    detached = logits.detach()
+    tau = (F.token_entropy(detached) * counted).sum() / total
+    accuracy = ((detached.argmax(dim=-1) == targets) * counted).sum() / total
+    return loss, Measured(tau=tau, accuracy=accuracy, carved=output.carved)
+
+
+def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
+    """Taps for every carved layer of a model (see `onn.functional.zero_taps`)."""
+    return tuple(F.zero_taps(names, tokens=tokens, experts=layer.experts) for layer in carved_layers(model))
+
+
+def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
+    """Surprise of the summed loss: that of the mean loss times the targets that count, so free of the batch size."""
+    total = batch.mask.sum().clamp_min(1)
+    return tuple({name: value * total for name, value in tap.items()} for tap in taps)
+
+
+def measure(model: Model, batch: Batch, *, config: StepConfig) -> tuple[Tensor, Measured, Taps]:
+    """Loss, figures and surprise without any parameter gradient: evaluation.
+
+    Returns:
+        The loss, what the forward pass tells, and per carved layer the surprise [T, E] of the summed loss.
+    """
+    sparse = config.sparse
+
+    def loss(_: tuple[()], inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
+        return language_loss(model, inputs, taps, config=config.model, moe=None if sparse is None else sparse.moe)
+
+    taps = zero_taps(model, batch.tokens.numel(), names=("surprise",))
+    if not taps:
+        with torch.no_grad():
+            return *loss((), batch, taps), ()
+    result = F.surprise_and_grad(loss, taps=taps, engine=config.engine)((), batch)
+    return result.loss, result.aux, scaled_surprise(result.surprise, batch)
+
+
+def target_share(step: Tensor, *, config: DensityConfig) -> Tensor:
+    """The share of active experts to aim at: linear from 1 down to the target over the ramp."""
+    progress = (step.to(torch.float32) / max(config.ramp_steps, 1)).clamp(max=1)
+    return 1 - (1 - config.target) * progress
+
+
+def sparse_metrics(
+    loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: IntegrityConfig
+) -> SparseMetrics:
+    """The figures of a carved model from one forward and backward pass."""
+    active = torch.stack([c.routing.active & (c.routing.weights != 0) for c in seen.carved])
+    values = torch.stack([tap["surprise"] for tap in surprise])
+    pairs = active.sum().clamp_min(1)
+    total = torch.where(active, values, 0)
+    mean = total.sum() / pairs
+    gates = [F.gate_accuracy(c.routing.scores, v, a) for c, v, a in zip(seen.carved, values, active, strict=True)]
+    usages = [F.usage(c.routing) for c in seen.carved]
+    return SparseMetrics(
+        surprise=mean,
+        pi=F.predictive_integrity(
+            loss, seen.tau, mean, alpha=config.alpha, gamma=config.gamma, tau_floor=config.tau_floor
+        ),
+        active_share=active.float().mean(),
+        target_share=share,
+        gate=F.GateAccuracy(*(torch.stack(column).mean() for column in zip(*gates, strict=True))),
+        usage=F.Usage(*(torch.stack(column) for column in zip(*usages, strict=True))),
+        surprise_by_expert=total.sum(dim=1) / torch.where(active.any(dim=1), active.sum(dim=1), torch.nan),
+        non_finite=F.non_finite(values.flatten(0, 1), active.flatten(0, 1)),
+    )
+
+
+def router_objective(
+    routers: tuple[F.Router, ...], seen: tuple[Carved, ...], surprise: Taps, mix: Tensor, *, config: MoeTraining
+) -> tuple[Tensor, tuple[()]]:
+    """What the routers are taught beside the main loss, from inputs and surprise that are constants.
+
+    Args:
+        routers: of the carved layers.
+        seen: what these layers saw and decided in the pass that measured the surprise.
+        surprise: their taps; normalised here by their mean over the pairs that count.
+        mix: `adaptive_mix`: the share of load balance against surprise.
+        config: weights and temperature.
+
+    Returns:
+        A scalar, the mean over layers, and nothing else.
+    """
+    teach = config.router
+    losses = []
+    for router, layer, taps in zip(routers, seen, surprise, strict=True):
+        affinity = F.cosine_affinity(layer.x.detach(), router.prototypes, eps=config.moe.cosine_eps)
+        routing = F.threshold_route(
+            affinity,
+            router.thresholds,
+            squash=config.moe.squash,
+            fallback_k=config.moe.fallback_k,
+            combine=config.moe.combine,
+        )
+        scores = routing.scores / teach.temperature
+        values = taps["counterfactual" if teach.target == "counterfactual" else "surprise"].detach()
+        if teach.target == "normalised":
+            values = F.normalised_surprise(values, routing.weights.detach())
+        candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active
+        counted = candidates & (values > 0).any(dim=-1, keepdim=True)
+        typical = torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
+        relative = values / torch.where(typical > 0, typical, 1)
+        by_surprise = F.router_loss(scores, relative, counted, w_ce=teach.w_ce, w_kl=teach.w_kl)
+        by_balance = F.load_balance_loss(scores, routing.active)
+        losses.append(
+            (1 - mix) * by_surprise
+            + mix * by_balance
+            + teach.w_diversity * F.diversity_loss(router.prototypes, eps=config.moe.cosine_eps)
+            + teach.w_simplicity * F.simplicity_loss(router.prototypes)
+        )
+    return teach.weight * torch.stack(losses).mean(), ()

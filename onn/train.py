@@ -1,0 +1,235 @@
+"""One pure training step for dense and carved models: loss, surprise, SMK, router, density, integrity, AdamW.
+
+Shape letters: T tokens, H hidden, E experts, L carved layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import onn.functional as F
+from onn import optim, tree
+from onn.data import Batch
+from onn.functional.transform import Taps
+from onn.objective import (
+    Measured,
+    MoeTraining,
+    SparseMetrics,
+    StepConfig,
+    carved_layers,
+    language_loss,
+    router_objective,
+    scaled_surprise,
+    sparse_metrics,
+    target_share,
+    zero_taps,
+)
+from onn.qwen3 import Carved, Model, Moe
+
+
+class State(NamedTuple):
+    """Everything that training changes."""
+
+    model: Model
+    optimizer: optim.AdamWState[Model]
+    usage: tuple[F.Usage, ...]
+    """Of each carved layer, since the last `lifecycle`."""
+    lifetime: tuple[Tensor, ...]
+    """[E] of each carved layer: tokens each expert ever got."""
+    step: Tensor
+    """Scalar int64."""
+
+
+class Metrics(NamedTuple):
+    """Figures of one step; the loss and its kin are those before the update."""
+
+    loss: Tensor
+    tau: Tensor
+    accuracy: Tensor
+    grad_norm: Tensor
+    learning_rate: Tensor
+    skipped: Tensor
+    """Scalar bool: a loss or gradient was not finite, and nothing was changed."""
+    sparse: SparseMetrics | tuple[()]
+
+
+def _with_mlps(model: Model, mlps: list[Moe]) -> Model:
+    carved = iter(mlps)
+    return model._replace(
+        layers=tuple(
+            layer._replace(mlp=next(carved)) if isinstance(layer.mlp, Moe) else layer for layer in model.layers
+        )
+    )
+
+
+def _learns(grads: Model) -> Model:
+    """Which entries take part in a step: an expert without any gradient, masked or idle, does not."""
+    everything = tree.map1(lambda leaf: torch.ones((), dtype=torch.bool, device=leaf.device), grads)
+    masks = []
+    for mlp, ones in zip(carved_layers(grads), carved_layers(everything), strict=True):
+        learns = (F.expert_norms(mlp.experts) != 0)[:, None, None]
+        masks.append(Moe(experts=F.Experts(learns, learns, learns), router=ones.router))
+    return _with_mlps(everything, masks)
+
+
+def init_state(model: Model) -> State:
+    """The state before the first step."""
+    layers = carved_layers(model)
+    counts = [
+        torch.zeros(len(layer.router.thresholds), dtype=torch.int64, device=model.norm.device) for layer in layers
+    ]
+    return State(
+        model=model,
+        optimizer=optim.adamw_init(model, _learns(model)),
+        usage=tuple(F.Usage(routed=zero, active=zero) for zero in counts),
+        lifetime=tuple(counts),
+        step=torch.zeros((), dtype=torch.int64, device=model.norm.device),
+    )
+
+
+def step(state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig) -> tuple[State, Metrics]:
+    """One training step, pure: the same arguments give the same bits.
+
+    One forward and one backward pass give the loss, every gradient and the surprise; SMK masks the experts' gradients
+    inside that backward pass; the routers learn from the surprise with their inputs detached. Where the loss or a
+    gradient is not finite nothing but the step counter changes.
+
+    Args:
+        state: of `init_state` or the last step.
+        batch: text.
+        noise: uniform int16 of the model's structure and shapes for stochastic rounding; `()` for models that are not
+            bfloat16.
+        config: static.
+
+    Returns:
+        The next state and the figures of this step.
+    """
+    sparse = config.sparse
+    moe = None if sparse is None else sparse.moe
+    if sparse is not None and sparse.granularity != "token":
+        moe = replace(sparse.moe, min_k=sparse.moe.num_experts)
+
+    def loss(model: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
+        return language_loss(model, inputs, taps, config=config.model, moe=moe)
+
+    names: tuple[F.TapName, ...] = ("surprise",)
+    if sparse is not None and sparse.router.target == "counterfactual":
+        names = ("surprise", "counterfactual")
+    taps = zero_taps(state.model, batch.tokens.numel(), names=names)
+    result = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
+    grads = result.grads
+    metrics: SparseMetrics | tuple[()] = ()
+    lr = optim.warmup_cosine(
+        state.step, peak=config.optim.lr, warmup=config.optim.warmup, total=config.total_steps, floor=config.optim.floor
+    )
+    if sparse is not None:
+        surprise = scaled_surprise(result.surprise, batch)
+        share = target_share(state.step, config=sparse.density)
+        metrics = sparse_metrics(result.loss, result.aux, surprise, share, config=config.integrity)
+        grads = _sparse_gradients(state.model, grads, result.aux.carved, surprise, metrics.pi, config=sparse)
+    grads, norm = optim.clip_by_global_norm(grads, max_norm=config.optim.clip_norm)
+    finite = torch.isfinite(result.loss) & torch.isfinite(norm)
+    model, optimizer = optim.adamw(
+        state.model,
+        grads,
+        state.optimizer,
+        tree.map1(lambda mask: mask & finite, _learns(grads)),
+        noise,
+        lr=lr,
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+    )
+    usage, lifetime = state.usage, state.lifetime
+    if sparse is not None and isinstance(metrics, SparseMetrics):
+        model = _controlled(model, result.aux.carved, metrics.target_share, finite, config=sparse)
+        seen = [F.Usage(*row) for row in zip(*metrics.usage, strict=True)]
+        usage = tuple(
+            F.Usage(*(a + b for a, b in zip(old, new, strict=True))) for old, new in zip(usage, seen, strict=True)
+        )
+        lifetime = tuple(old + new.active for old, new in zip(lifetime, seen, strict=True))
+    return (
+        State(model=model, optimizer=optimizer, usage=usage, lifetime=lifetime, step=state.step + 1),
+        Metrics(
+            loss=result.loss,
+            tau=result.aux.tau,
+            accuracy=result.aux.accuracy,
+            grad_norm=norm,
+            learning_rate=lr,
+            skipped=~finite,
+            sparse=metrics,
+        ),
+    )
+
+
+def _sparse_gradients(
+    model: Model, grads: Model, seen: tuple[Carved, ...], surprise: Taps, pi: Tensor, *, config: MoeTraining
+) -> Model:
+    """The gradients with SMK by batch applied to the experts, and the routers' own objective added."""
+    mix = F.adaptive_mix(pi, sensitivity=config.router.sensitivity, threshold=config.router.pi_threshold)
+    objective = tree.value_and_grad(router_objective, engine="func")
+    routers = tuple(layer.router for layer in carved_layers(model))
+    _, taught = objective(routers, seen, surprise, mix, config=config)
+    mlps = []
+    for layer, lesson in zip(carved_layers(grads), taught, strict=True):
+        experts = layer.experts
+        if config.granularity == "batch":
+            experts = F.select_min_k(experts, min_k=config.moe.min_k)
+        mlps.append(Moe(experts=experts, router=tree.map2(torch.add, layer.router, lesson)))
+    return _with_mlps(grads, mlps)
+
+
+def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: Tensor, *, config: MoeTraining) -> Model:
+    """Move all thresholds of a layer together so that the share of active experts follows its target."""
+    mlps = []
+    for layer, was in zip(carved_layers(model), seen, strict=True):
+        thresholds = layer.router.thresholds
+        shift = F.share_threshold_shift(was.affinity, thresholds, squash=config.moe.squash, target=share)
+        moved = (thresholds + config.density.gain * shift).to(thresholds.dtype)
+        router = layer.router._replace(thresholds=torch.where(finite & torch.isfinite(shift), moved, thresholds))
+        mlps.append(layer._replace(router=router))
+    return _with_mlps(model, mlps)
+
+
+def _forget(layer: Moe, plan: F.Heirs) -> Moe:
+    return tree.map1(lambda leaf: F.forget_reborn(leaf, plan) if leaf.ndim else leaf, layer)
+
+
+def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, scale: float) -> tuple[State, Tensor]:
+    """Rebirth of the experts that no token chose since the last call; the usage counts start anew.
+
+    Args:
+        state: of a carved model.
+        noise: standard normal [E, H] for each carved layer.
+        config: combine decides whether donor and reborn share their output.
+        scale: see `onn.functional.rebirth`.
+
+    Returns:
+        The next state, optimizer included, and the number of reborn experts of each layer [L].
+    """
+    share = 0.5 if config.moe.combine == "sum" else 1.0
+    mlps, plans = [], []
+    for layer, counts, bits in zip(carved_layers(state.model), state.usage, noise, strict=True):
+        plan = F.heirs(counts.active)
+        experts, router = F.rebirth(layer.experts, layer.router, plan, bits, scale=scale, share=share)
+        mlps.append(Moe(experts=experts, router=router))
+        plans.append(plan)
+
+    def follow(moments: Model) -> Model:
+        return _with_mlps(
+            moments, [_forget(layer, plan) for layer, plan in zip(carved_layers(moments), plans, strict=True)]
+        )
+
+    return (
+        state._replace(
+            model=_with_mlps(state.model, mlps),
+            optimizer=optim.AdamWState(*(follow(part) for part in state.optimizer)),
+            usage=tree.zeros_like(state.usage),
+        ),
+        torch.stack([plan.reborn.sum() for plan in plans]),
+    )
