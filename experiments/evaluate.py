@@ -151,7 +151,7 @@ def generate(model: Model, prompt: Tensor, noise: Tensor, *, temperature: float,
     Each token recomputes the whole sequence: fit for a sample in a report, not for serving.
     """
     moe = None if config.sparse is None else config.sparse.moe
-    taps = tuple({} for _ in objective.carved_layers(model))
+    taps = objective.zero_taps(model, 0, names=())
     tokens = prompt
     for uniform in noise:
         logits = qwen3.forward(model, tokens[None], taps, config=config.model, moe=moe).logits[0, -1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,10 +17,11 @@ from tqdm import tqdm
 
 import onn.functional as F
 from experiments import noise, presets
+from experiments.compiling import compiled
 from experiments.evaluate import Evaluation, evaluate, generate, parameter_count
 from experiments.presets import RunConfig
 from experiments.report import write_report
-from onn import carve, check, data, objective, observe, qwen3, train, weights
+from onn import carve, check, data, objective, observe, qwen3, train, tree, weights
 from onn.data import Batch, Corpus, Tokenizer
 from onn.objective import StepConfig
 from onn.observe import Json
@@ -56,19 +56,8 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
     source = prepare(config)
     folder.mkdir(parents=True, exist_ok=True)
     observe.write_json(folder / "config.json", presets.save(config))
-    held_out = {
-        name: data.evaluation_batches(
-            tokens,
-            mask,
-            batch=config.data.batch_size,
-            length=config.data.sequence_length,
-            limit=config.data.eval_windows,
-        )
-        for name, tokens, mask in zip(
-            source.corpus.domains, source.corpus.held_out, source.corpus.held_out_mask, strict=True
-        )
-    }
-    step = _stepper(config)
+    held_out = held_out_batches(source.corpus, config)
+    step: Step = compiled(train.step) if config.train.compile else train.step
     seconds: dict[str, Json] = {"prepare": time.monotonic() - started}
 
     def trained(model: Model, phase: Phase, steps: int) -> Model:
@@ -129,36 +118,42 @@ def prepare(config: RunConfig) -> Source:
     draws = noise.generator(config.seed)
     dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
     if not config.checkpoint.name:
-        corpus, tokenizer = _corpus(config, data.ByteTokenizer())
+        tokenizer: Tokenizer = data.ByteTokenizer()
         drawn = noise.normal_like(qwen3.abstract(config.model), draws)
-        return Source(tokenizer=tokenizer, corpus=corpus, model=qwen3.init(drawn, config=config.model, dtype=dtype))
+        model = qwen3.init(drawn, config=config.model, dtype=dtype)
+        return Source(tokenizer=tokenizer, corpus=_corpus(config, tokenizer), model=model)
     manifest = weights.read_manifest(config.checkpoint.manifest, config.checkpoint.name)
     folder = weights.find(config.checkpoint.folder, manifest)
     weights.verify(folder, manifest)
     found = weights.read_config(folder / "config.json")
     check.require(found == config.model, f"prepare: {folder} holds {found}, the configuration says {config.model}.")
-    corpus, tokenizer = _corpus(config, data.HubTokenizer(folder))
-    return Source(tokenizer=tokenizer, corpus=corpus, model=weights.load(folder, config=config.model))
+    tokenizer = data.HubTokenizer(folder)
+    loaded = tree.map1(lambda leaf: leaf.to(dtype), weights.load(folder, config=config.model))
+    return Source(tokenizer=tokenizer, corpus=_corpus(config, tokenizer), model=loaded)
 
 
-def _corpus(config: RunConfig, tokenizer: Tokenizer) -> tuple[Corpus, Tokenizer]:
+def held_out_batches(corpus: Corpus, config: RunConfig) -> dict[str, tuple[Batch, ...]]:
+    """What an evaluation reads of every domain."""
+    return {
+        name: data.evaluation_batches(
+            tokens,
+            mask,
+            batch=config.data.batch_size,
+            length=config.data.sequence_length,
+            limit=config.data.eval_windows,
+        )
+        for name, tokens, mask in zip(corpus.domains, corpus.held_out, corpus.held_out_mask, strict=True)
+    }
+
+
+def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
     settings = config.data
     if settings.path is not None:
-        return data.load_corpus(settings.path, tokenizer, held_out=settings.held_out), tokenizer
-    corpus = data.embedded_corpus(
+        return data.load_corpus(settings.path, tokenizer, held_out=settings.held_out)
+    embedded = data.embedded_corpus(
         bytes_per_domain=settings.bytes_per_domain, held_out=settings.held_out, seed=config.seed
     )
-    return corpus, tokenizer
-
-
-def _stepper(config: RunConfig) -> Step:
-    if not config.train.compile:
-        return train.step
-    if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        print("No C++ compiler found: torch.compile needs one on a CPU. Running eagerly.")
-        return train.step
-    compiled: Step = torch.compile(train.step, fullgraph=True, dynamic=False)
-    return compiled
+    return data.retokenized(embedded, tokenizer)
 
 
 def _train(

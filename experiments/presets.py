@@ -161,8 +161,8 @@ TINY = RunConfig(
 """Does the whole pipeline work, and what does carving cost at a quarter of the experts?
 
 `uv run experiments/run.py`: under 5 minutes and 4 GiB on two CPU cores. Expected: the carved loss equals the dense one
-up to rounding, the share of active experts ends within a fifth of 0.25, and the final loss is below the dense model's at the
-carve. `experiments/LOG.md` has the figures of the last measurement.
+up to rounding, the share of active experts ends within a fifth of 0.25, and the final loss is below the dense model's
+at the carve. `experiments/LOG.md` has the figures of the last measurement.
 """
 
 QWEN3_06B = replace(

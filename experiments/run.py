@@ -19,7 +19,7 @@ DESCRIPTION = """Train a dense Qwen3, carve its MLPs into experts, train these b
 
 run.py [PRESET] [--out DIR] [any value of the preset, such as --train.steps 20 --seed 3]
 
-Presets: tiny (default: the whole pipeline on two CPU cores in minutes) and qwen3-0.6b (the real checkpoint in weights/).
+Presets: tiny (default: the whole pipeline on two CPU cores in minutes), qwen3-0.6b (the real checkpoint in weights/).
 """
 
 

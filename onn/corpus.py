@@ -1,9 +1,9 @@
 """Text that every machine with Python and torch holds: four domains, no download, no stored file.
 
-`python` is the source of the standard library, `english` the prose of its docstrings and of `pydoc_data.topics`, `c` the
-headers of the interpreter, `arithmetic` generated lines. Where the interpreter's own files are missing or used up, torch's
-follow: its Python sources, their docstrings, and its C++ headers. Files come in the order of a hash of their path, so that
-a few of them are already a fair sample.
+`python` is the source of the standard library, `english` the prose of its docstrings and of `pydoc_data.topics`, `c`
+the headers of the interpreter, `arithmetic` generated lines. Where the interpreter's own files are missing or used up,
+torch's follow: its Python sources, their docstrings, and its C++ headers. Files come in the order of a hash of their
+path, so that a few of them are already a fair sample.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _fill(domain: str, sizes: tuple[int, int], held_out: float, seed: int) -> tu
 def documents(domain: str, *, seed: int) -> Iterator[Document]:
     """The documents of one of `DOMAINS`, read lazily; `arithmetic` never ends and alone depends on `seed`.
 
-    Guarantees: the same machine and seed give the same documents in the same order. A file's source and the prose of its
-    docstrings share a key. No paragraph of `english` comes twice.
+    Guarantees: the same machine and seed give the same documents in the same order. A file's source and the prose of
+    its docstrings share a key. No paragraph of `english` comes twice.
     """
     if domain == "arithmetic":
         return _arithmetic(random.Random(seed))
@@ -159,7 +159,7 @@ def documents(domain: str, *, seed: int) -> Iterator[Document]:
 
 
 def _files(root: Path, suffix: str) -> Iterator[str]:
-    """The texts of the files below `root`, none if there is no `root`; files that are not UTF-8, or blank, are skipped."""
+    """The texts of the files below `root`, if it is there; what cannot be read, is not UTF-8 or blank, is skipped."""
     paths = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
@@ -167,7 +167,7 @@ def _files(root: Path, suffix: str) -> Iterator[str]:
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()):
         try:
             text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+        except (OSError, UnicodeDecodeError):
             continue
         if text.strip() and not path.name.startswith("_sysconfigdata"):
             yield text
@@ -186,7 +186,7 @@ def _english(sources: Iterable[str]) -> Iterator[Document]:
 
 
 def _docstrings(source: str) -> Iterator[str]:
-    """The docstrings of a module, its classes and functions; none if they are few or this interpreter cannot parse it."""
+    """The docstrings of a module, its classes and functions; none if they are few or the source cannot be parsed."""
     if sum(map(len, source.split('"""')[1::2])) < 0.2 * len(source):  # parsing takes the time: only where it pays
         return
     with warnings.catch_warnings():
@@ -208,9 +208,9 @@ def _prose(text: str) -> Iterator[str]:
     for paragraph in map(inspect.cleandoc, re.split(r"\n\s*\n", inspect.cleandoc(text))):
         words = WORD.findall(paragraph)
         sentence = len(words) >= 6 and sum(map(len, words)) > 0.7 * len(paragraph) and SENTENCE_END.search(paragraph)
-        if sentence and "..." not in paragraph and "::" not in paragraph:
-            if len(CODE.findall(paragraph)) <= 0.04 * len(paragraph):
-                yield paragraph
+        plain = "..." not in paragraph and "::" not in paragraph
+        if sentence and plain and len(CODE.findall(paragraph)) <= 0.04 * len(paragraph):
+            yield paragraph
 
 
 def _arithmetic(rng: random.Random) -> Iterator[Document]:

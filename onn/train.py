@@ -77,16 +77,17 @@ def _learns(grads: Model) -> Model:
 
 
 def init_state(model: Model) -> State:
-    """The state before the first step."""
+    """The state before the first step; no two of its tensors share memory that the model does not share."""
     layers = carved_layers(model)
-    counts = [
-        torch.zeros(len(layer.router.thresholds), dtype=torch.int64, device=model.norm.device) for layer in layers
-    ]
+
+    def counts(layer: Moe) -> Tensor:
+        return torch.zeros_like(layer.router.thresholds, dtype=torch.int64)
+
     return State(
         model=model,
         optimizer=optim.adamw_init(model, _learns(model)),
-        usage=tuple(F.Usage(routed=zero, active=zero) for zero in counts),
-        lifetime=tuple(counts),
+        usage=tuple(F.Usage(routed=counts(layer), active=counts(layer)) for layer in layers),
+        lifetime=tuple(counts(layer) for layer in layers),
         step=torch.zeros((), dtype=torch.int64, device=model.norm.device),
     )
 

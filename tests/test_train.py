@@ -136,12 +136,14 @@ def test_a_step_is_pure_and_both_engines_agree(granularity: Granularity, target:
     assert_close(train.step(state, data, (), replace(settings, engine="func")), first, bound=1e-12)
 
 
-def test_a_compiled_step_is_the_eager_one_without_a_graph_break() -> None:
+def test_a_compiled_step_is_the_eager_one_and_is_compiled_once() -> None:
     settings = replace(SETTINGS, engine="func")
     compiled = torch.compile(train.step, fullgraph=True, backend="aot_eager")
     state = carved_state(dtype=torch.float32)
     expected, got = (run(state, batch(0), (), settings) for run in (train.step, compiled))
     assert_close(got, expected, bound=tolerance(torch.float32, terms=1000))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(got[0], batch(1), (), settings)
 
 
 def test_density_comes_down_from_one_to_its_target_and_stays() -> None:

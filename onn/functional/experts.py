@@ -79,12 +79,18 @@ def bank_forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, 
     Raises:
         ValueError: shapes differ.
     """
-    sizes = _sizes("bank_forward", experts, x, weights)
-    split = (sizes["E"], sizes["I"])
+    _sizes("bank_forward", experts, x, weights)
+    y, residuals, _ = _forward(experts, x, weights)
+    return y, residuals
+
+
+def _forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, Residuals, Tensor]:
+    """The output, the residuals and the weighted activation [T, E, I]."""
+    split = experts.gate.shape[:2]
     h1 = (x @ experts.gate.flatten(0, 1).mT).unflatten(-1, split)
     h3 = (x @ experts.up.flatten(0, 1).mT).unflatten(-1, split)
     weighted = silu(h1) * h3 * weights[..., None]
-    return weighted.flatten(1) @ experts.down.flatten(0, 1), Residuals(h1=h1, h3=h3)
+    return weighted.flatten(1) @ experts.down.flatten(0, 1), Residuals(h1=h1, h3=h3), weighted
 
 
 def bank_local(experts: Experts, residuals: Residuals, dy: Tensor) -> tuple[Local, Tensor]:
@@ -98,12 +104,22 @@ def bank_local(experts: Experts, residuals: Residuals, dy: Tensor) -> tuple[Loca
     Returns:
         `Local`, from which all forms of surprise follow, and dL/dw [T, E].
     """
-    u = (dy @ experts.down.flatten(0, 1).mT).unflatten(-1, residuals.h1.shape[-2:])
-    sigmoid = torch.sigmoid(residuals.h1)
-    gated = residuals.h1 * sigmoid
-    a = gated * residuals.h3
-    c1 = u * residuals.h3 * sigmoid * (1 + residuals.h1 * (1 - sigmoid))
-    return Local(c1=c1, c3=u * gated, a=a), (a * u).sum(dim=-1)
+    u = _output_products(experts, dy)
+    local = _unit_gradients(residuals, u)
+    return local, (local.a * u).sum(dim=-1)
+
+
+def _output_products(experts: Experts, dy: Tensor) -> Tensor:
+    """`u_tei = down_ei g_t`: the gradient of every activation at combine weight 1."""
+    u: Tensor = (dy @ experts.down.flatten(0, 1).mT).unflatten(-1, experts.down.shape[:2])
+    return u
+
+
+def _unit_gradients(residuals: Residuals, u: Tensor) -> Local:
+    h1, h3 = residuals
+    sigmoid = torch.sigmoid(h1)
+    gated = h1 * sigmoid
+    return Local(c1=u * h3 * sigmoid * (1 + h1 * (1 - sigmoid)), c3=u * gated, a=gated * h3)
 
 
 def bank_vjp(
@@ -129,28 +145,34 @@ def bank_vjp(
     _sizes("bank_vjp", experts, x, weights)
     local, d_weights = bank_local(experts, residuals, dy)
     surprise = parameter_surprise(local, x, weights, dy)
-    w = weights[..., None]
-    d1, d3 = (local.c1 * w).flatten(1), (local.c3 * w).flatten(1)
-    dx = d1 @ experts.gate.flatten(0, 1) + d3 @ experts.up.flatten(0, 1)
-    kept = _kept_gradient(local, x, weights, dy, None if select is None else select(surprise, weights != 0))
-    return BankGrads(experts=kept, x=dx, weights=d_weights, surprise=surprise)
-
-
-def _kept_gradient(local: Local, x: Tensor, weights: Tensor, dy: Tensor, keep: Tensor | None) -> Experts:
-    rows = [part * weights[..., None] for part in local]
-    if keep is not None:
-        rows = [torch.where(keep[..., None], row, 0) for row in rows]
+    d1, d3, a = (part * weights[..., None] for part in local)
+    dx = _input_gradient(experts, d1, d3)
+    if select is not None:
+        keep = select(surprise, weights != 0)
+        d1, d3, a = (torch.where(keep[..., None], rows, 0) for rows in (d1, d3, a))
         learns = keep.any(dim=-1, keepdim=True)
         x, dy = torch.where(learns, x, 0), torch.where(learns, dy, 0)
-    split = local.a.shape[-2:]
-    d1, d3, a = (row.flatten(1).mT for row in rows)
+    return BankGrads(experts=_expert_gradient(d1, d3, a, x, dy), x=dx, weights=d_weights, surprise=surprise)
+
+
+def _input_gradient(experts: Experts, d1: Tensor, d3: Tensor) -> Tensor:
+    return d1.flatten(1) @ experts.gate.flatten(0, 1) + d3.flatten(1) @ experts.up.flatten(0, 1)
+
+
+def _expert_gradient(d1: Tensor, d3: Tensor, a: Tensor, x: Tensor, dy: Tensor) -> Experts:
+    """Sums over tokens of the outer products of weighted rows [T, E, I] with x and dy."""
+    split = a.shape[-2:]
     return Experts(
-        gate=(d1 @ x).unflatten(0, split), up=(d3 @ x).unflatten(0, split), down=(a @ dy).unflatten(0, split)
+        gate=(d1.flatten(1).mT @ x).unflatten(0, split),
+        up=(d3.flatten(1).mT @ x).unflatten(0, split),
+        down=(a.flatten(1).mT @ dy).unflatten(0, split),
     )
 
 
-def _min_k_gradient(local: Local, x: Tensor, weights: Tensor, dy: Tensor, surprise: Tensor, min_k: int) -> Experts:
-    """`_kept_gradient` of the `min_k` mask from T * min_k gathered rows, sorted by expert."""
+def _min_k_gradient(
+    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, surprise: Tensor, min_k: int
+) -> Experts:
+    """`_expert_gradient` of the rows that `min_k_mask` keeps: T * min_k of them, gathered and sorted by expert."""
     num_experts = weights.shape[1]
     chosen, filled = min_k_indices(surprise, weights != 0, min_k=min_k)
     owner, order = torch.sort(torch.where(filled, chosen, num_experts).flatten(), stable=True)
@@ -160,10 +182,10 @@ def _min_k_gradient(local: Local, x: Tensor, weights: Tensor, dy: Tensor, surpri
     )
     ends = counts[:-1].cumsum(dim=0)
     pair = token * num_experts + owner.clamp(max=num_experts - 1)
+    h1, h3, u = (part.flatten(0, 1).index_select(0, pair) for part in (*residuals, u))
     weight = weights.flatten().index_select(0, pair)[:, None]
-    c1, c3, a = (part.flatten(0, 1).index_select(0, pair) * weight for part in local)
-    inner = segment_outer(torch.cat([c1, c3], dim=-1), x, token, ends)
-    gate, up = inner.chunk(2, dim=1)
+    d1, d3, a = (part * weight for part in _unit_gradients(Residuals(h1, h3), u))
+    gate, up = segment_outer(torch.cat([d1, d3], dim=-1), x, token, ends).chunk(2, dim=1)
     return Experts(gate=gate, up=up, down=segment_outer(a, dy, token, ends))
 
 
@@ -186,6 +208,9 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        dy: Tensor,
+        min_k: int,
+        wanted: tuple[str, ...],
         gate: Tensor,
         up: Tensor,
         down: Tensor,
@@ -193,26 +218,24 @@ class _Backward(torch.autograd.Function):
         weights: Tensor,
         h1: Tensor,
         h3: Tensor,
-        dy: Tensor,
-        min_k: int,
-        wanted: tuple[str, ...],
+        *weighted: Tensor,
     ) -> tuple[Tensor, ...]:
-        experts = Experts(gate, up, down)
-        local, d_weights = bank_local(experts, Residuals(h1, h3), dy)
-        w = weights[..., None]
-        dx = (local.c1 * w).flatten(1) @ gate.flatten(0, 1) + (local.c3 * w).flatten(1) @ up.flatten(0, 1)
-        selects = min_k < weights.shape[-1]
+        experts, residuals = Experts(gate, up, down), Residuals(h1, h3)
+        u = _output_products(experts, dy)
+        local = _unit_gradients(residuals, u)
+        d_weights = (local.a * u).sum(dim=-1)
+        d1, d3 = local.c1 * weights[..., None], local.c3 * weights[..., None]
         measured: dict[str, Tensor] = {}
-        if selects or "surprise" in wanted or "counterfactual" in wanted:
+        if not weighted or "surprise" in wanted or "counterfactual" in wanted:
             measured["counterfactual"] = counterfactual_surprise(local, x, dy)
             measured["surprise"] = weight_surprise(measured["counterfactual"], weights)
         if "neuron" in wanted:
             measured["neuron"] = neuron_surprise(local, x, weights, dy)
-        if selects:
-            kept = _min_k_gradient(local, x, weights, dy, measured["surprise"], min_k)
+        if weighted:
+            learnt = _expert_gradient(d1, d3, weighted[0], x, dy)
         else:
-            kept = _kept_gradient(local, x, weights, dy, None)
-        return (*kept, dx, d_weights, *(measured[name] for name in wanted))
+            learnt = _min_k_gradient(residuals, u, x, weights, dy, measured["surprise"], min_k)
+        return (*learnt, _input_gradient(experts, d1, d3), d_weights, *(measured[name] for name in wanted))
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
@@ -227,7 +250,10 @@ class _Backward(torch.autograd.Function):
 
 
 class _Bank(torch.autograd.Function):
-    """Forward returns its residuals, since `setup_context` sees inputs and outputs alone."""
+    """Forward returns its residuals, since `setup_context` sees inputs and outputs alone.
+
+    Where every row learns the weighted activation is one of them; SMK needs few of its rows and recomputes these.
+    """
 
     generate_vmap_rule = True
 
@@ -241,22 +267,22 @@ class _Bank(torch.autograd.Function):
         min_k: int,
         names: tuple[str, ...],
         *taps: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, residuals = bank_forward(Experts(gate, up, down), x, weights)
-        return y, *residuals
+    ) -> tuple[Tensor, ...]:
+        y, residuals, weighted = _forward(Experts(gate, up, down), x, weights)
+        return (y, *residuals, weighted) if min_k == weights.shape[-1] else (y, *residuals)
 
     @staticmethod
-    def setup_context(ctx: _Saved, inputs: _Inputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: _Saved, inputs: _Inputs, output: tuple[Tensor, ...]) -> None:
         gate, up, down, x, weights, min_k, names, *_ = inputs
-        _, h1, h3 = output
-        ctx.mark_non_differentiable(h1, h3)
-        ctx.save_for_backward(gate, up, down, x, weights, h1, h3)
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(gate, up, down, x, weights, *kept)
         ctx.min_k, ctx.names = min_k, names
 
     @staticmethod
     def backward(ctx: _Saved, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         wanted = tuple(name for name, need in zip(ctx.names, ctx.needs_input_grad[7:], strict=True) if need)
-        grads = _Backward.apply(*ctx.saved_tensors, dy, ctx.min_k, wanted)
+        grads = _Backward.apply(dy, ctx.min_k, wanted, *ctx.saved_tensors)
         measured = dict(zip(wanted, grads[5:], strict=True))
         return (*grads[:5], None, None, *(measured.get(name) for name in ctx.names))
 
