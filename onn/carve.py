@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onn import check
-from onn.functional.types import Experts, Router
+from onn.functional.types import Experts, Router, reduction_dtype
 from onn.qwen3 import MAX_EXPERT_SIZE, MIN_EXPERTS, Mlp, Model, Moe
 
 OPEN_THRESHOLD = -1.5
@@ -70,6 +70,8 @@ def gate_prototypes(experts: Experts) -> Tensor:
 def carve(model: Model, *, num_experts: int) -> Model:
     """Carve every dense MLP of a model: contiguous experts, prototypes from their gates, all thresholds open.
 
+    Thresholds are float32 whatever the model is: the small moves of a controller would be lost to bfloat16.
+
     Args:
         model: parameters with dense MLPs.
         num_experts: E of every layer.
@@ -86,7 +88,8 @@ def carve(model: Model, *, num_experts: int) -> Model:
         check.require(isinstance(mlp, Mlp), "carve: expected dense MLPs, found a layer that is carved already.")
         assert isinstance(mlp, Mlp)
         experts = split_mlp(mlp, num_experts=num_experts)
-        thresholds = torch.full_like(experts.gate[:, 0, 0], OPEN_THRESHOLD)
+        gate = experts.gate
+        thresholds = torch.full((num_experts,), OPEN_THRESHOLD, dtype=reduction_dtype(gate.dtype), device=gate.device)
         return Moe(experts=experts, router=Router(prototypes=gate_prototypes(experts), thresholds=thresholds))
 
     return model._replace(layers=tuple(layer._replace(mlp=carved(layer.mlp)) for layer in model.layers))

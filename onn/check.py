@@ -49,7 +49,7 @@ def one_of(where: str, name: str, value: str, known: Iterable[str]) -> None:
     """Raise `ValueError` unless `value` is one of `known`; suggest the nearest name."""
     names = list(known)
     if value not in names:
-        raise ValueError(f"{where}: unknown {name}={value!r}{nearest(value, names)}. Known: {', '.join(names)}.")
+        raise ValueError(f"{where}: unknown {name}={value!r}{nearest(value, names) or '.'} Known: {', '.join(names)}.")
 
 
 def nearest(value: str, names: Iterable[str]) -> str:

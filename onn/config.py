@@ -50,7 +50,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Value], *, where: str) ->
     hints = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in values:
-        check.require(name in names, f"{where}: unknown value {name!r}{check.nearest(name, names)}.")
+        check.require(name in names, f"{where}: unknown value {name!r}{check.nearest(name, names) or '.'}")
     missing = [name for name in names if name not in values]
     check.require(not missing, f"{where}: missing {', '.join(map(repr, missing))} of {kind.__name__}.")
     return kind(**{name: _typed(hints[name], values[name], f"{where}: {name}") for name in names})

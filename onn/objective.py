@@ -189,7 +189,9 @@ def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Tap
 def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
     """Surprise of the summed loss: that of the mean loss times the targets that count, so free of the batch size."""
     total = batch.mask.sum().clamp_min(1)
-    return tuple({name: value * total for name, value in tap.items()} for tap in taps)
+    return tuple(
+        {name: value * (total**2 if name == "neuron" else total) for name, value in tap.items()} for tap in taps
+    )
 
 
 def measure(model: Model, batch: Batch, *, config: StepConfig) -> tuple[Tensor, Measured, Taps]:
@@ -223,9 +225,9 @@ def sparse_metrics(
     """The figures of a carved model from one forward and backward pass."""
     active = torch.stack([c.routing.active & (c.routing.weights != 0) for c in seen.carved])
     values = torch.stack([tap["surprise"] for tap in surprise])
-    pairs = active.sum().clamp_min(1)
-    total = torch.where(active, values, 0)
-    mean = total.sum() / pairs
+    counted = active & torch.isfinite(values)
+    total = torch.where(counted, values, 0)
+    mean = total.sum() / counted.sum().clamp_min(1)
     gates = [F.gate_accuracy(c.routing.scores, v, a) for c, v, a in zip(seen.carved, values, active, strict=True)]
     usages = [F.usage(c.routing) for c in seen.carved]
     return SparseMetrics(
@@ -237,7 +239,7 @@ def sparse_metrics(
         target_share=share,
         gate=F.GateAccuracy(*(torch.stack(column).mean() for column in zip(*gates, strict=True))),
         usage=F.Usage(*(torch.stack(column) for column in zip(*usages, strict=True))),
-        surprise_by_expert=total.sum(dim=1) / torch.where(active.any(dim=1), active.sum(dim=1), torch.nan),
+        surprise_by_expert=total.sum(dim=1) / torch.where(counted.any(dim=1), counted.sum(dim=1), torch.nan),
         non_finite=F.non_finite(values.flatten(0, 1), active.flatten(0, 1)),
     )
 
@@ -273,7 +275,7 @@ def router_objective(
         if teach.target == "normalised":
             values = F.normalised_surprise(values, routing.weights.detach())
         candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active
-        counted = candidates & (values > 0).any(dim=-1, keepdim=True)
+        counted = candidates & torch.isfinite(values) & (values > 0).any(dim=-1, keepdim=True)
         typical = torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
         relative = values / torch.where(typical > 0, typical, 1)
         by_surprise = F.router_loss(scores, relative, counted, w_ce=teach.w_ce, w_kl=teach.w_kl)

@@ -74,7 +74,7 @@ def check_shapes(where: str, found: Shapes, expected: Shapes) -> None:
     """Raise `ValueError` at the first tensor that is missing, of another shape, or not expected."""
     unknown = [name for name in found if name not in expected]
     for name, shape in expected.items():
-        check.require(name in found, f"{where}: {name} {list(shape)} is missing{check.nearest(name, unknown)}.")
+        check.require(name in found, f"{where}: {name} {list(shape)} is missing{check.nearest(name, unknown) or '.'}")
         check.require(
             list(found[name]) == list(shape),
             f"{where}: {name}: expected shape {list(shape)}, found {list(found[name])}.",

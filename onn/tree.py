@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
@@ -30,7 +31,7 @@ def paths(tree: Tree) -> list[str]:
     if isinstance(tree, Tensor):
         return [""]
     if isinstance(tree, Mapping):
-        items = sorted(tree.items())
+        items = list(tree.items()) if isinstance(tree, OrderedDict) else sorted(tree.items())
     else:
         names = getattr(tree, "_fields", None) or [str(position) for position in range(len(tree))]
         items = list(zip(names, tree, strict=True))
@@ -77,9 +78,10 @@ def value_and_grad(
 ) -> Callable[Concatenate[T, P], tuple[tuple[Tensor, Aux], T]]:
     """Gradient with respect to the first argument of a function that returns `(scalar, auxiliary tree)`.
 
-    Returns `((value, auxiliary), gradient)`, all detached; a leaf that the value does not depend on has gradient zero.
-    Both engines give the same numbers. `autograd` needs about a third of the memory of `func`, which keeps the graph of
-    the gradient itself (`create_graph=True` is fixed in `torch.func.grad`).
+    Returns `((value, auxiliary), gradient)`, detached (under `func` where no leaf requires a gradient already); a leaf
+    that the value does not depend on has gradient zero. Both engines give the same numbers. `autograd` needs about a
+    third of the memory of `func`, which keeps the graph of the gradient itself (`create_graph=True` is fixed in
+    `torch.func.grad`).
     """
 
     def by_func(tree: T, /, *args: P.args, **kwargs: P.kwargs) -> tuple[tuple[Tensor, Aux], T]:
@@ -91,6 +93,8 @@ def value_and_grad(
         inputs = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
         with torch.enable_grad():
             value, aux = function(unflatten(tree, inputs), *args, **kwargs)
+        if not value.requires_grad:
+            return (value, detach(aux)), zeros_like(tree)
         gradient = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         return (value.detach(), detach(aux)), unflatten(tree, gradient)
 

@@ -157,7 +157,6 @@ def test_chance_is_the_accuracy_of_every_order_of_scores_in_turn(active: tuple[b
     assert float(got.chance) == pytest.approx(1 / sum(active))
 
 
-@pytest.mark.xfail(reason="argmin takes a NaN for the least")
 def test_surprise_that_is_nan_is_never_the_least_surprise() -> None:
     scores, surprise = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[math.nan, 0.5, 2.0]])
     assert not F.gate_accuracy(scores, surprise, torch.ones(1, 3, dtype=torch.bool)).accuracy

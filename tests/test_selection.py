@@ -242,15 +242,11 @@ def test_accumulated_consolidation_is_adagrad_with_one_scalar_a_neuron() -> None
     assert_close(ours, F.Experts(*(torch.stack(list(m)) for m in zip(*theirs, strict=True))), bound=100 * BOUND)
 
 
-@pytest.mark.xfail(
-    reason="eps is not checked: 1 / sqrt(0) times a gradient of zero is NaN for a neuron never surprised"
-)
 def test_consolidation_refuses_an_eps_of_zero() -> None:
     with pytest.raises(ValueError, match="eps=0"):
         F.consolidate(gradients(0, E=2), torch.zeros(2, 2), form="root", strength=0.0, eps=0.0)
 
 
-@pytest.mark.xfail(reason="one infinite entry makes the mean infinite, and inf / inf is NaN for its own neuron")
 def test_a_neuron_of_infinite_importance_does_not_move() -> None:
     importance = torch.tensor([[1.0, math.inf], [1.0, 1.0]])
     got = F.consolidate(gradients(0, E=2), importance, form="bounded", strength=1.0, eps=1e-8)

@@ -78,10 +78,10 @@ def test_what_lies_below_never_feels_the_mask_bit_for_bit(case: Case) -> None:
 
 
 @given(cases())
-def test_keeping_every_expert_is_keeping_without_a_rule_bit_for_bit(case: Case) -> None:
+def test_keeping_every_expert_is_keeping_without_a_rule(case: Case) -> None:
     _, residuals = F.bank_forward(case.experts, case.x, case.weights)
     plain = F.bank_vjp(case.experts, case.x, case.weights, residuals, case.dy, select=None)
-    assert_same(specification(case, min_k=case.weights.shape[1]), plain)
+    assert_close(specification(case, min_k=case.weights.shape[1]), plain, bound=BOUND)
 
 
 @given(cases())
@@ -187,10 +187,6 @@ def test_a_selection_of_bank_vjp_leaves_out_pairs_of_poisoned_tokens_that_keep_n
     assert_close(got.experts, expected.experts, bound=BOUND)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bank_vjp multiplies the zeroed row of a masked pair by a NaN of its token: 0 * NaN reaches down",
-)
 def test_a_selection_of_bank_vjp_leaves_out_masked_pairs_of_poisoned_tokens_that_keep_others() -> None:
     case = make_case(3, T=5, H=5, E=4, I=3, density=1.0)
     bad = case._replace(dy=poisoned(case.dy, 1, torch.nan))

@@ -206,7 +206,6 @@ def test_where_the_weight_is_zero_nothing_is_surprised_even_if_all_else_is_nan(p
     assert_close(neuron(broken)[~spread], neuron(fine)[~spread], bound=BOUND)
 
 
-@pytest.mark.xfail(reason="0 * nan: output_surprise multiplies where the others choose")
 def test_output_surprise_of_weight_zero_is_zero_even_if_the_gradient_is_nan() -> None:
     assert not F.output_surprise(torch.zeros(1, 2), torch.full((1, 3), torch.nan)).any()
 

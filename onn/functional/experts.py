@@ -147,12 +147,18 @@ def bank_vjp(
     surprise = parameter_surprise(local, x, weights, dy)
     d1, d3, a = (part * weights[..., None] for part in local)
     dx = _input_gradient(experts, d1, d3)
-    if select is not None:
+    if select is None:
+        learnt = _expert_gradient(d1, d3, a, x, dy)
+    else:
         keep = select(surprise, weights != 0)
-        d1, d3, a = (torch.where(keep[..., None], rows, 0) for rows in (d1, d3, a))
-        learns = keep.any(dim=-1, keepdim=True)
-        x, dy = torch.where(learns, x, 0), torch.where(learns, dy, 0)
-    return BankGrads(experts=_expert_gradient(d1, d3, a, x, dy), x=dx, weights=d_weights, surprise=surprise)
+        learnt = Experts(*(_kept_gradient(rows, source, keep) for rows, source in ((d1, x), (d3, x), (a, dy))))
+    return BankGrads(experts=learnt, x=dx, weights=d_weights, surprise=surprise)
+
+
+def _kept_gradient(rows: Tensor, source: Tensor, keep: Tensor) -> Tensor:
+    """Sums of outer products over the pairs that are kept; what is not kept is dropped from both factors."""
+    columns = zip(rows.unbind(1), keep.mT[..., None].unbind(0), strict=True)
+    return torch.stack([torch.where(kept, part, 0).mT @ torch.where(kept, source, 0) for part, kept in columns])
 
 
 def _input_gradient(experts: Experts, d1: Tensor, d3: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ def token_entropy(logits: Tensor) -> Tensor:
         [...] in [0, log V], float32 (float64 for float64 inputs). A probability of 0 (logit -inf) adds nothing.
     """
     log_p = torch.log_softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
-    entropy: Tensor = torch.special.entr(log_p.exp()).sum(dim=-1)
-    return entropy
+    p = log_p.exp()
+    possible = p > 0
+    return -torch.where(possible, p * torch.where(possible, log_p, 0), 0).sum(dim=-1)
 
 
 def predictive_integrity(
@@ -41,10 +42,12 @@ def predictive_integrity(
 
     Returns:
         In (0, 1] up to underflow for inputs that are not negative; falls with error and surprise, rises with tau.
+        float32 (float64 for float64 inputs).
     """
     check.at_least("predictive_integrity", "alpha", alpha, 0)
     check.between("predictive_integrity", "gamma", gamma, 0, 1)
     check.require(tau_floor > 0, f"predictive_integrity: expected tau_floor={tau_floor!r} > 0.")
+    error, tau, surprise = (value.to(reduction_dtype(value.dtype)) for value in (error, tau, surprise))
     return torch.exp(-alpha * ((1 - gamma) * error / tau.clamp_min(tau_floor) + gamma * surprise))
 
 

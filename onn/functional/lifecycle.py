@@ -80,7 +80,8 @@ def rebirth(
         noise: [E, H] standard normal, moves the prototypes of the reborn apart from their donors'.
         scale: length of that move relative to the donor's prototype.
         share: what donor and reborn keep of `down`: 0.5 under combine `sum`, where a token that chooses both then gets
-            exactly what the donor gave it; 1 where the weights sum to 1 anyway.
+            exactly what the donor gave it, and one that chooses only one of them half of it; 1 where the weights sum to
+            1 anyway.
 
     Returns:
         New experts and router, in their dtypes; experts outside the plan are bit-identical.
@@ -130,11 +131,13 @@ def grow(
         unrouted: [T] bool, those that passed no threshold.
         noise: standard normal, [1, I, H] each: the new weights.
         threshold: of the new expert.
-        scale: of the new gate and up weights; `down` starts at 0, so that the function of the layer is unchanged.
+        scale: of the new gate and up weights; `down` starts at 0.
 
     Returns:
-        Experts and router of E + 1; the first E are untouched. Without unrouted tokens the prototype is 0, which no
-        token is close to.
+        Experts and router of E + 1; the first E are untouched. The new expert writes 0: under combine `sum` a token
+        that had an expert above its threshold gets what it got before; under `softmax` and `uniform` it shares its
+        weights, and a token that only the fallback served loses that expert if it passes the new one. Without unrouted
+        tokens the prototype is 0, which has cosine 0 with every token.
 
     References:
         The adaptive tuning of DynMoE (Guo et al., 2405.14297).

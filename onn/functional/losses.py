@@ -97,14 +97,15 @@ def gate_accuracy(scores: Tensor, surprise: Tensor, active: Tensor) -> GateAccur
         active: [T, E] bool.
 
     Returns:
-        `GateAccuracy`. Tokens with fewer than two active experts have no choice to make and do not count; ties go to
-        the lowest index.
+        `GateAccuracy`. Entries whose surprise is not finite do not count, nor do tokens with fewer than two experts
+        left, which have no choice to make; ties go to the lowest index.
     """
     check.shapes("gate_accuracy", ("scores", scores, "T E"), ("surprise", surprise, "T E"), ("active", active, "T E"))
     dtype = reduction_dtype(scores.dtype)
-    chosen = scores.masked_fill(~active, -torch.inf).argmax(dim=-1)
-    least = torch.where(active, surprise, torch.inf).argmin(dim=-1)
-    k = active.sum(dim=-1)
+    target, counted = _countable(surprise, active)
+    chosen = scores.masked_fill(~counted, -torch.inf).argmax(dim=-1)
+    least = torch.where(counted, target, torch.inf).argmin(dim=-1)
+    k = counted.sum(dim=-1)
     return GateAccuracy(
         accuracy=_token_mean((chosen == least).to(dtype), k > 1),
         chance=_token_mean(1 / k.clamp_min(1).to(dtype), k > 1),

@@ -87,7 +87,8 @@ def threshold_route(
     if combine == "softmax":
         weights = torch.softmax(margin.masked_fill(~active, -torch.inf), dim=-1)
     else:
-        gate = active.to(margin.dtype) + (margin - margin.detach())
+        straight_through = torch.where(margin.isnan(), 0, margin - margin.detach())
+        gate = active.to(margin.dtype) + straight_through
         weights = gate / active.sum(dim=-1, keepdim=True) if combine == "uniform" else gate
     return Routing(scores=margin, active=active, weights=weights)
 
@@ -125,7 +126,7 @@ def _route_by_rank(logits: Tensor, keys: Tensor, values: Tensor, *, k: int, norm
     chosen = torch.sort(keys.detach(), dim=-1, descending=True, stable=True).indices[:, :k]
     top = values.gather(-1, chosen)
     if normalise:
-        top = top / top.sum(dim=-1, keepdim=True)
+        top = top / top.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(top.dtype).tiny)
     weights = torch.zeros_like(values).scatter(-1, chosen, top)
     active = torch.zeros_like(values, dtype=torch.bool).scatter(-1, chosen, torch.ones_like(chosen, dtype=torch.bool))
     return Routing(scores=logits, active=active, weights=weights.to(logits.dtype))
@@ -201,7 +202,7 @@ def top_p_route(logits: Tensor, *, p: float, normalise: bool) -> Routing:
         Huang et al., 2403.07652.
     """
     check.shapes("top_p_route", ("logits", logits, "T E"))
-    check.between("top_p_route", "p", p, 0, 1)
+    check.require(0 < p <= 1, f"top_p_route: expected 0 < p={p!r} <= 1.")
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     ranked, order = torch.sort(probabilities.detach(), dim=-1, descending=True, stable=True)
     needed = ranked.cumsum(dim=-1) - ranked < p

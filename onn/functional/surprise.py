@@ -115,7 +115,7 @@ def output_surprise(weights: Tensor, dy: Tensor) -> Tensor:
     check.shapes("output_surprise", ("weights", weights, "T E"), ("dy", dy, "T H"))
     dtype = reduction_dtype(dy.dtype)
     dy_norm: Tensor = vector_norm(dy, dim=-1, keepdim=True, dtype=dtype)
-    return weights.abs().to(dtype) * dy_norm
+    return weight_surprise(dy_norm.expand(weights.shape), weights)
 
 
 def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
@@ -155,7 +155,9 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
     References:
         Kirkpatrick et al., 1612.00796 (the Fisher as importance); Kunstner et al., 1905.12558 (the empirical one).
     """
-    check.shapes("neuron_surprise", ("c1", local.c1, "T E I"), ("x", x, "T H"), ("weights", weights, "T E"))
+    check.shapes(
+        "neuron_surprise", ("c1", local.c1, "T E I"), ("x", x, "T H"), ("weights", weights, "T E"), ("dy", dy, "T H")
+    )
     dtype = reduction_dtype(x.dtype)
     w = weights.to(dtype)
     inner = w * vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
@@ -287,7 +289,7 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
         form: `root` scales by `1 / sqrt(F + eps)`, Adagrad with one scalar a neuron (take steps of `lr * sqrt(H)`);
             `bounded` by `1 / (1 + strength F / mean F)`, which fits under another optimizer.
         strength: of the bounded form; at 0 nothing is changed.
-        eps: of the root form, and floor of the mean of the bounded one.
+        eps: above 0, of the root form, and floor of the mean of the bounded one, which is over the finite entries.
 
     Returns:
         The scaled gradients, in their dtype; where `F` is equal, equal gradients stay equal.
@@ -299,7 +301,10 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     check.shapes("consolidate", ("gate", grads.gate, "E I H"), ("importance", importance, "E" if by_expert else "E I"))
     check.one_of("consolidate", "form", form, get_args(Form))
     check.at_least("consolidate", "strength", strength, 0)
+    check.require(eps > 0, f"consolidate: expected eps={eps!r} > 0.")
     rows = importance[:, None] if by_expert else importance
-    bound = 1 + strength * rows / importance.mean().clamp_min(eps)
+    finite = torch.isfinite(importance)
+    mean = torch.where(finite, importance, 0).sum() / finite.sum().clamp_min(1)
+    bound = 1 + strength * rows / mean.clamp_min(eps)
     scale = torch.rsqrt(rows + eps) if form == "root" else 1 / bound
     return Experts(*(g * scale[..., None].to(g.dtype) for g in grads))
