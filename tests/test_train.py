@@ -273,3 +273,24 @@ def test_the_target_share_goes_down_in_a_line() -> None:
         for at in range(7)
     ]
     assert torch.stack(shares).tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+
+
+def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_others() -> None:
+    state, data = carved_state(), batch(0)
+    loss, seen, surprise = objective.measure(state.model, data, config=SETTINGS)
+    poisoned = tuple(
+        {"surprise": tap["surprise"].clone().index_fill_(0, torch.tensor([0]), torch.inf)} for tap in surprise
+    )
+    figures = objective.sparse_metrics(loss, seen, poisoned, torch.ones(()), config=SETTINGS.integrity)
+    assert int(figures.non_finite) == 20
+    kept = torch.stack([tap["surprise"][1:] for tap in surprise])
+    assert_close(figures.surprise, kept.mean(), bound=tolerance(torch.float64, terms=500))
+    routers = tuple(layer.router for layer in objective.carved_layers(state.model))
+    lessons = [
+        tree.value_and_grad(objective.router_objective, engine="func")(
+            routers, seen.carved, taps, torch.zeros(()), config=SPARSE
+        )[1]
+        for taps in (poisoned, tuple({"surprise": tap["surprise"] * 0} for tap in surprise))
+    ]
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(lessons[0]))
+    assert any(not torch.equal(a, b) for a, b in zip(*(tree.leaves(lesson) for lesson in lessons), strict=True))

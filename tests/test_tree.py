@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, get_args
 
@@ -287,3 +288,18 @@ def test_detach_cuts_the_graph_and_keeps_the_values() -> None:
     cut = tree.detach(made)
     assert not any(part.requires_grad for part in tree.leaves(cut))
     assert_same(cut, Pair(z=torch.full((2,), 2.0), a=(torch.ones(2),)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_value_that_depends_on_nothing_has_gradient_zero(engine: Engine) -> None:
+    leaf = torch.ones(3)
+    (value, aux), gradient = tree.value_and_grad(lambda _: (torch.tensor(2.0), ()), engine=engine)(leaf)
+    assert float(value) == 2
+    assert aux == ()
+    assert torch.equal(gradient, torch.zeros(3))
+
+
+def test_paths_of_an_ordered_mapping_are_in_the_order_of_its_leaves() -> None:
+    state = OrderedDict(b=torch.tensor(1.0), a=torch.tensor(2.0))
+    named = dict(zip(tree.paths(state), tree.leaves(state), strict=True))
+    assert {name: float(value) for name, value in named.items()} == {"b": 1, "a": 2}
