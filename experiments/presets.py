@@ -79,6 +79,7 @@ class RunConfig:
     preset: str
     """Where these values came from."""
     seed: int
+    """Of everything that is drawn: the same seed on the same machine gives the same bits."""
     checkpoint: CheckpointConfig
     model: Qwen3Config
     sparse: MoeTraining

@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, Path]:
 
     def options(
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[name],
-        out: Path | None = None,
+        out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run; without it runs/<preset>-<time>.")] = None,
     ) -> tuple[RunConfig, Path]:
         return config, out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
