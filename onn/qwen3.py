@@ -231,11 +231,13 @@ def init(noise: Model, *, config: Qwen3Config, dtype: torch.dtype) -> Model:
     return map1(scaled, noise)
 
 
-def _norm(weight: Tensor, x: Tensor, config: Qwen3Config) -> Tensor:
+def apply_norm(weight: Tensor, x: Tensor, config: Qwen3Config) -> Tensor:
+    """transformers' RMS norm with `weight` [H] on `x` [..., H]."""
     return cast("Tensor", functional_call(config.modules.norm, {"weight": weight}, (x,)))
 
 
-def _attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor], config: Qwen3Config) -> Tensor:
+def apply_attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor], config: Qwen3Config) -> Tensor:
+    """transformers' causal attention on `x` [B, S, H], with the cosines and sines of `rotary_positions`."""
     weights: Mapping[str, Tensor] = {
         "q_proj.weight": attention.q,
         "k_proj.weight": attention.k,
@@ -249,7 +251,8 @@ def _attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor]
     return cast("Tensor", output)
 
 
-def _rotary(x: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+def rotary_positions(x: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
+    """The cosines and sines [1, S, D] of the rotary embedding, in the dtype of `x` [B, S, H]."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
     return cast("tuple[Tensor, Tensor]", config.modules.rotary(x, positions))
 
@@ -300,12 +303,12 @@ def forward(
         f"forward: expected one mapping of taps for each of {len(carved_layers)} carved layers, got {len(taps)}.",
     )
     x_BSH = embedding(tokens, model.embedding)
-    positions = _rotary(x_BSH, config)
+    positions = rotary_positions(x_BSH, config)
     carved: list[Carved] = []
     for layer in model.layers:
-        normed = _norm(layer.input_norm, x_BSH, config)
-        x_BSH = x_BSH + _attention(layer.attention, normed, positions, config)
-        normed = _norm(layer.post_attention_norm, x_BSH, config)
+        normed = apply_norm(layer.input_norm, x_BSH, config)
+        x_BSH = x_BSH + apply_attention(layer.attention, normed, positions, config)
+        normed = apply_norm(layer.post_attention_norm, x_BSH, config)
         if isinstance(layer.mlp, Mlp):
             x_BSH = x_BSH + mlp_forward(layer.mlp, normed)
         else:
@@ -314,5 +317,5 @@ def forward(
             y_TH, seen = moe_forward(layer.mlp, normed.flatten(0, 1), taps[len(carved)], config=moe)
             carved.append(seen)
             x_BSH = x_BSH + y_TH.unflatten(0, tokens.shape)
-    hidden = _norm(model.norm, x_BSH, config)
+    hidden = apply_norm(model.norm, x_BSH, config)
     return Output(logits=linear(hidden, model.head[0] if model.head else model.embedding), carved=tuple(carved))

@@ -204,6 +204,8 @@ def _forget(layer: Moe, plan: F.Heirs) -> Moe:
 def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, scale: float) -> tuple[State, Tensor]:
     """Rebirth of the experts that no token chose since the last call; the usage counts start anew.
 
+    Shared experts, whose threshold is -inf, are the last to be donors: their heirs would be always open too.
+
     Args:
         state: of a carved model.
         noise: standard normal [E, H] for each carved layer.
@@ -216,7 +218,8 @@ def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, s
     share = 0.5 if config.moe.combine == "sum" else 1.0
     mlps, plans = [], []
     for layer, counts, bits in zip(carved_layers(state.model), state.usage, noise, strict=True):
-        plan = F.heirs(counts.active)
+        always_open = torch.isneginf(layer.router.thresholds)
+        plan = F.heirs(torch.where(always_open, counts.active.clamp_max(1), counts.active))
         experts, router = F.rebirth(layer.experts, layer.router, plan, bits, scale=scale, share=share)
         mlps.append(Moe(experts=experts, router=router))
         plans.append(plan)

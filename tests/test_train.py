@@ -259,6 +259,25 @@ def test_lifecycle_gives_the_unused_a_new_start_and_counts_anew() -> None:
         assert_same(new, old)
 
 
+def test_the_reborn_do_not_inherit_from_a_shared_expert() -> None:
+    state, _ = trained(carved_state(), SETTINGS, steps=2)
+    layer = state.model.layers[0]
+    assert isinstance(layer.mlp, Moe)
+    thresholds = layer.mlp.router.thresholds.clone().index_fill_(0, torch.tensor([0]), -torch.inf)
+    shared = layer._replace(mlp=layer.mlp._replace(router=layer.mlp.router._replace(thresholds=thresholds)))
+    counts = torch.tensor([100, 40, 0, 30, 20, 10, 9, 8, 7, 6])
+    state = state._replace(
+        model=state.model._replace(layers=(shared, *state.model.layers[1:])),
+        usage=(F.Usage(routed=counts, active=counts), *state.usage[1:]),
+    )
+    noise = tuple(normal(seed, 10, ARCHITECTURE.hidden_size) for seed in range(2))
+    after, reborn = train.lifecycle(state, noise, config=SPARSE, scale=0.1)
+    assert reborn.tolist() == [1, 0]
+    router = objective.carved_layers(after.model)[0].router
+    assert torch.equal(router.thresholds[2], thresholds[1])
+    assert torch.isneginf(router.thresholds).sum() == 1
+
+
 def test_usage_and_lifetime_add_up_over_steps() -> None:
     state, history = trained(carved_state(), SETTINGS, steps=5)
     for index in range(2):
