@@ -19,6 +19,7 @@ import onn.functional as F
 from experiments import noise, presets
 from experiments.compiling import compiled
 from experiments.evaluate import Evaluation, evaluate, generate, parameter_count
+from experiments.memory import Meter, return_large_blocks
 from experiments.presets import RunConfig
 from experiments.report import write_report
 from onn import carve, check, data, objective, observe, qwen3, train, tree, weights
@@ -29,7 +30,7 @@ from onn.qwen3 import Model
 from onn.train import Metrics, State
 
 Phase = Literal["dense", "moe", "dense_continued"]
-Step = Callable[[State, Batch, Model | tuple[()], StepConfig], tuple[State, Metrics]]
+Step = Callable[[State, Batch, Model | tuple[()], StepConfig, Model | tuple[()]], tuple[State, Metrics]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,38 +53,44 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
         ValueError: the folder holds a run already, or the data, the weights or the configuration do not fit.
     """
     check.require(not (folder / "metrics.jsonl").exists(), f"run: {folder} holds a run already; choose another --out.")
-    started = time.monotonic()
-    source = prepare(config)
+    if config.checkpoint.name:
+        return_large_blocks()
+    meter = Meter()
+    with meter.part("prepare"):
+        source = prepare(config)
     folder.mkdir(parents=True, exist_ok=True)
     observe.write_json(folder / "config.json", presets.save(config))
     held_out = held_out_batches(source.corpus, config)
     step: Step = compiled(train.step) if config.train.compile else train.step
-    seconds: dict[str, Json] = {"prepare": time.monotonic() - started}
 
-    def trained(model: Model, phase: Phase, steps: int) -> Model:
-        before = time.monotonic()
-        result = _train(model, phase, steps, step=step, source=source, config=config, folder=folder)
-        seconds[phase] = time.monotonic() - before
-        return result
+    def trained(model: Model, phase: Phase, steps: int, teacher: Model | tuple[()] = ()) -> Model:
+        with meter.part(phase):
+            return _train(model, phase, steps, teacher, step=step, source=source, config=config, folder=folder)
 
     def evaluated(model: Model, phase: Phase) -> Evaluation:
-        before = time.monotonic()
-        result = evaluate(model, held_out, config=presets.step_config(config, phase=phase))
-        seconds["evaluate"] = float(str(seconds.get("evaluate", 0.0))) + time.monotonic() - before
-        return result
+        with meter.part("evaluate"):
+            return evaluate(model, held_out, config=presets.step_config(config, phase=phase))
 
-    dense = trained(source.model, "dense", config.train.dense_steps)
+    dense = source.model
+    if config.train.dense_steps:
+        dense = trained(dense, "dense", config.train.dense_steps)
     dense_figures = evaluated(dense, "dense")
-    carved = carve.carve(dense, num_experts=config.sparse.moe.num_experts)
+    with meter.part("carve"):
+        carved = carve.carve(dense, num_experts=config.sparse.moe.num_experts)
     carved_figures = evaluated(carved, "moe")
     print(f"carved: held-out loss {carved_figures.mean('loss'):.6f}, dense {dense_figures.mean('loss'):.6f}")
-    moe = trained(carved, "moe", config.train.steps)
+    moe = trained(carved, "moe", config.train.steps, dense)
     final = evaluated(moe, "moe")
     models = {"dense": dense, "moe": moe}
     continued = None
     if config.train.dense_continued:
         models["dense_continued"] = trained(dense, "dense_continued", config.train.steps)
         continued = evaluated(models["dense_continued"], "dense_continued")
+    with meter.part("sample"):
+        samples = _samples(moe, source, config)
+    with meter.part("save"):
+        for name, model in models.items():
+            weights.save(model, folder / f"{name}.safetensors", metadata={"preset": config.preset, "phase": name})
     records = observe.read_jsonl(folder / "metrics.jsonl")
     summary: dict[str, Json] = {
         "preset": config.preset,
@@ -97,14 +104,13 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
                 source.corpus.domains, source.corpus.train, source.corpus.held_out, strict=True
             )
         },
-        "samples": _samples(moe, source, config),
+        "samples": samples,
         "versions": _versions(),
         "threads": torch.get_num_threads(),
-        "seconds": {**seconds, "all": time.monotonic() - started},
+        "seconds": {**meter.seconds, "all": time.monotonic() - meter.started},
+        "peak_memory_gib": {**meter.peak_gib},
     }
     observe.write_json(folder / "summary.json", summary)
-    for name, model in models.items():
-        weights.save(model, folder / f"{name}.safetensors", metadata={"preset": config.preset, "phase": name})
     observe.curves(records, folder / "curves.png")
     observe.expert_by_domain(final.usage(), final.domains, folder / "expert_by_domain.png")
     observe.surprise_map(final.surprise_by_expert(), folder / "surprise_map.png", per_layer=False)
@@ -157,40 +163,66 @@ def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
 
 
 def _train(
-    model: Model, phase: Phase, steps: int, *, step: Step, source: Source, config: RunConfig, folder: Path
+    model: Model,
+    phase: Phase,
+    steps: int,
+    teacher: Model | tuple[()],
+    *,
+    step: Step,
+    source: Source,
+    config: RunConfig,
+    folder: Path,
 ) -> Model:
     settings = presets.step_config(config, phase=phase)
     draws = noise.generator(config.seed + (1 if phase == "dense" else 2))
     births = noise.generator(config.seed + 3)
     offset = 0 if phase == "dense" else config.train.dense_steps
-    state = train.init_state(model)
+    held = [train.init_state(model)]
     windows = data.pool(source.corpus.train, source.corpus.train_mask, length=config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
     with observe.MetricsWriter(folder / "metrics.jsonl") as log, tqdm(total=steps, desc=phase, unit="step") as bar:
         for position in range(steps):
             before = time.monotonic()
             batch = data.sample_batch(windows, torch.rand(config.data.batch_size, 2, generator=draws))
-            state, metrics = step(state, batch, noise.rounding_bits(state.model, draws), settings)
+            metrics = _advance(held, batch, draws, settings, teacher, step)
             reborn = 0
             if settings.sparse is not None and (position + 1) % config.train.rebirth_every == 0:
                 fresh = tuple(
                     torch.randn(layer.router.prototypes.shape, generator=births)
-                    for layer in objective.carved_layers(state.model)
+                    for layer in objective.carved_layers(held[0].model)
                 )
-                state, born = train.lifecycle(state, fresh, config=settings.sparse, scale=config.train.rebirth_scale)
+                held[0], born = train.lifecycle(
+                    held[0], fresh, config=settings.sparse, scale=config.train.rebirth_scale
+                )
                 reborn = int(born.sum())
             record = _record(metrics, settings, step=offset + position, phase=phase, reborn=reborn)
             record["tokens_per_second"] = tokens / (time.monotonic() - before)
             log.write(record)
             bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
-    return state.model
+    return held[0].model
+
+
+def _advance(
+    held: list[State],
+    batch: Batch,
+    draws: torch.Generator,
+    settings: StepConfig,
+    teacher: Model | tuple[()],
+    step: Step,
+) -> Metrics:
+    """Put the next state in the place of the one in `held`. Nobody else holds that one: see `train.step` on memory."""
+    bits = [noise.rounding_bits(held[0].model, draws)]
+    state, metrics = step(held.pop(), batch, bits.pop(), settings, teacher)
+    held.append(state)
+    return metrics
 
 
 def _record(metrics: Metrics, settings: StepConfig, *, step: int, phase: Phase, reborn: int) -> dict[str, Json]:
     loss, tau = float(metrics.loss), float(metrics.tau)
     record: dict[str, Json] = {"step": step, "phase": phase, "loss": loss, "tau": tau}
     record["error_over_tau"] = loss / max(tau, settings.integrity.tau_floor)
+    record["divergence"] = float(metrics.divergence) if isinstance(metrics.divergence, Tensor) else None
     sparse = dict.fromkeys(
         ("surprise", "pi", "active_per_token", "target_active_per_token", "gate_accuracy", "gate_chance"), None
     )

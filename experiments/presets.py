@@ -10,11 +10,29 @@ from typing import Literal
 
 from onn import check
 from onn.config import Value, from_dict, to_dict
-from onn.objective import DensityConfig, IntegrityConfig, MoeTraining, OptimConfig, RouterConfig, StepConfig
+from onn.objective import (
+    DensityConfig,
+    DistillConfig,
+    IntegrityConfig,
+    MoeTraining,
+    OptimConfig,
+    RouterConfig,
+    StepConfig,
+)
 from onn.qwen3 import MoeConfig, Qwen3Config
 
-VERSION = 1
+VERSION = 2
 """Of saved configurations; `load` upgrades older ones."""
+
+_ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
+    {
+        2: {
+            "sparse": {"distill": {"weight": 0.0, "temperature": 1.0}},
+            "sparse.moe": {"route": "threshold", "top_k": 1, "normalise": True},
+        }
+    }
+)
+"""The values that each version added, by the part that holds them, and what was done before they could be chosen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +132,9 @@ TINY = RunConfig(
     sparse=MoeTraining(
         moe=MoeConfig(
             num_experts=32,
+            route="threshold",
+            top_k=8,
+            normalise=True,
             squash="sigmoid",
             combine="sum",
             fallback_k=1,
@@ -134,6 +155,7 @@ TINY = RunConfig(
             pi_threshold=0.4,
         ),
         density=DensityConfig(target=0.25, ramp_steps=100, gain=0.5),
+        distill=DistillConfig(weight=0.0, temperature=1.0),
     ),
     data=DataConfig(
         path=None,
@@ -223,5 +245,21 @@ def load(values: Mapping[str, Value], *, where: str) -> RunConfig:
         ValueError: an unknown version, or a value unknown, missing or of another type.
     """
     version = values.get("version")
-    check.require(version == VERSION, f"{where}: expected version 1 to {VERSION}, got {version!r}.")
-    return from_dict(RunConfig, {name: value for name, value in values.items() if name != "version"}, where=where)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ValueError(f"{where}: expected version 1 to {VERSION}, got {version!r}.")
+    current = {name: value for name, value in values.items() if name != "version"}
+    for added in (parts for later, parts in _ADDED.items() if later > version):
+        for part, new in added.items():
+            current = _extended(current, part.split("."), new, where)
+    return from_dict(RunConfig, current, where=where)
+
+
+def _extended(values: Mapping[str, Value], part: list[str], new: Mapping[str, Value], where: str) -> dict[str, Value]:
+    """`values` with `new` in one of its parts; a part that is not there is left for `from_dict` to name."""
+    if part:
+        name, *rest = part
+        inner = values.get(name)
+        return {**values, name: _extended(inner, rest, new, where)} if isinstance(inner, dict) else {**values}
+    early = [name for name in new if name in values]
+    check.require(not early, f"{where}: {', '.join(map(repr, early))} came with a later version.")
+    return {**values, **new}

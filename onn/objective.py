@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import onn.functional as F
 from onn import check, qwen3, tree
@@ -96,6 +96,21 @@ class DensityConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Soft targets from the dense model that the experts were carved from, beside the text's own."""
+
+    weight: float
+    """Share of the divergence from the teacher in what is minimised; at 0 no teacher is asked."""
+    temperature: float
+    """Divides the logits of both before every softmax."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        check.between("DistillConfig", "weight", self.weight, 0, 1)
+        check.require(self.temperature > 0, f"DistillConfig: expected temperature={self.temperature!r} > 0.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeTraining:
     """Everything that only a carved model needs."""
 
@@ -104,6 +119,7 @@ class MoeTraining:
     """SMK by token, by batch, or off."""
     router: RouterConfig
     density: DensityConfig
+    distill: DistillConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,8 +136,12 @@ class StepConfig:
 
 
 class Measured(NamedTuple):
-    """What the main loss knows besides itself."""
+    """What a forward pass tells besides the scalar to minimise."""
 
+    error: Tensor
+    """Scalar: the main loss, mean cross-entropy in nats."""
+    divergence: Tensor | tuple[()]
+    """Scalar: `distillation_loss`, its mean; empty without a teacher."""
     tau: Tensor
     """Scalar: mean output entropy in nats."""
     accuracy: Tensor
@@ -154,31 +174,82 @@ def carved_layers(model: Model) -> list[Moe]:
     return [layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)]
 
 
+def soft_targets(teacher: Model | tuple[()], batch: Batch, *, config: StepConfig) -> Tensor | tuple[()]:
+    """What a dense teacher says of every token: logits [T, V], a constant.
+
+    Empty, and nothing is computed, where the configuration gives it no weight.
+
+    Raises:
+        ValueError: it has weight and there is no teacher.
+    """
+    if config.sparse is None or config.sparse.distill.weight == 0:
+        return ()
+    weight = config.sparse.distill.weight
+    if not isinstance(teacher, Model):
+        raise ValueError(f"soft_targets: distill.weight={weight!r} needs a dense model as the teacher, got none.")
+    with torch.no_grad():
+        return qwen3.forward(teacher, batch.tokens, (), config=config.model, moe=None).logits.flatten(0, 1)
+
+
+def distillation_loss(logits: Tensor, soft: Tensor, *, temperature: float) -> Tensor:
+    """`temperature^2 KL(softmax(soft / temperature) || softmax(logits / temperature))` of every row, in nats.
+
+    The square keeps the size of the gradient, which falls with it, beside that of the main loss.
+
+    Args:
+        logits: [T, V] of the student.
+        soft: [T, V] of the teacher.
+        temperature: positive.
+
+    Returns:
+        [T]; 0 where the two differ by a constant.
+
+    References:
+        Hinton, Vinyals and Dean, 1503.02531.
+    """
+    student, teacher = (log_softmax(scores / temperature, dim=-1) for scores in (logits, soft))
+    return temperature**2 * kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+
+
 def language_loss(
-    model: Model, batch: Batch, taps: Taps, *, config: qwen3.Qwen3Config, moe: qwen3.MoeConfig | None
+    model: Model, batch: Batch, taps: Taps, soft: Tensor | tuple[()], *, config: StepConfig
 ) -> tuple[Tensor, Measured]:
-    """Mean cross-entropy in nats over the targets that count, in float32 (float64 for float64 models).
+    """What is minimised, in float32 (float64 for float64 models), over the targets that count.
 
     Args:
         model: parameters.
         batch: text.
         taps: see `qwen3.forward`.
-        config: architecture.
-        moe: routing of the carved layers.
+        soft: of `soft_targets`; empty for the main loss alone.
+        config: static.
 
     Returns:
-        The loss and what else the forward pass tells.
+        The mean cross-entropy in nats, mixed with the divergence from the teacher where there is one; and what else the
+        forward pass tells.
     """
-    output = qwen3.forward(model, batch.tokens, taps, config=config, moe=moe)
+    moe = None if config.sparse is None else config.sparse.moe
+    output = qwen3.forward(model, batch.tokens, taps, config=config.model, moe=moe)
     logits = output.logits.flatten(0, 1).to(F.reduction_dtype(output.logits.dtype))
     counted = batch.mask.flatten().to(logits.dtype)
-    total = counted.sum().clamp_min(1)
     targets = batch.targets.flatten()
-    loss = (cross_entropy(logits, targets, reduction="none") * counted).sum() / total
+
+    def mean(values: Tensor) -> Tensor:
+        return (values * counted).sum() / counted.sum().clamp_min(1)
+
+    error = loss = mean(cross_entropy(logits, targets, reduction="none"))
+    divergence: Tensor | tuple[()] = ()
+    if isinstance(soft, Tensor) and config.sparse is not None:
+        distill = config.sparse.distill
+        divergence = mean(distillation_loss(logits, soft.to(logits.dtype), temperature=distill.temperature))
+        loss = (1 - distill.weight) * error + distill.weight * divergence
     detached = logits.detach()
-    tau = (F.token_entropy(detached) * counted).sum() / total
-    accuracy = ((detached.argmax(dim=-1) == targets) * counted).sum() / total
-    return loss, Measured(tau=tau, accuracy=accuracy, carved=output.carved)
+    return loss, Measured(
+        error=error,
+        divergence=divergence,
+        tau=mean(F.token_entropy(detached)),
+        accuracy=mean(detached.argmax(dim=-1) == targets),
+        carved=output.carved,
+    )
 
 
 def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
@@ -195,15 +266,14 @@ def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
 
 
 def measure(model: Model, batch: Batch, *, config: StepConfig) -> tuple[Tensor, Measured, Taps]:
-    """Loss, figures and surprise without any parameter gradient: evaluation.
+    """Main loss, figures and surprise without any parameter gradient: evaluation.
 
     Returns:
         The loss, what the forward pass tells, and per carved layer the surprise [T, E] of the summed loss.
     """
-    sparse = config.sparse
 
     def loss(_: tuple[()], inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
-        return language_loss(model, inputs, taps, config=config.model, moe=None if sparse is None else sparse.moe)
+        return language_loss(model, inputs, taps, (), config=config)
 
     taps = zero_taps(model, batch.tokens.numel(), names=("surprise",))
     if not taps:
@@ -262,14 +332,7 @@ def router_objective(
     teach = config.router
     losses = []
     for router, layer, taps in zip(routers, seen, surprise, strict=True):
-        affinity = F.cosine_affinity(layer.x.detach(), router.prototypes, eps=config.moe.cosine_eps)
-        routing = F.threshold_route(
-            affinity,
-            router.thresholds,
-            squash=config.moe.squash,
-            fallback_k=config.moe.fallback_k,
-            combine=config.moe.combine,
-        )
+        _, routing = qwen3.route(router, layer.x.detach(), config=config.moe)
         scores = routing.scores / teach.temperature
         values = taps["counterfactual" if teach.target == "counterfactual" else "surprise"].detach()
         if teach.target == "normalised":

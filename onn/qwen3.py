@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNor
 
 from onn import check
 from onn.functional.experts import Backend, bank
-from onn.functional.routing import Combine, Squash, cosine_affinity, threshold_route
+from onn.functional.routing import Combine, Squash, cosine_affinity, threshold_route, top_k_route
 from onn.functional.types import Experts, Router, Routing
 from onn.tree import map1
+
+Route = Literal["threshold", "top_k"]
 
 MAX_EXPERT_SIZE = 96
 MIN_EXPERTS = 10
@@ -85,12 +87,18 @@ class MoeConfig:
 
     num_experts: int
     """Experts a layer; at least 10, and small enough that each has at most 96 neurons."""
+    route: Route
+    """`threshold`: the experts whose threshold a token's cosine passes; `top_k`: exactly Qwen3-MoE's gate."""
+    top_k: int
+    """Experts of every token under `top_k`."""
+    normalise: bool
+    """Under `top_k`, scale the weights of a token's experts to sum 1: Qwen3-MoE's `norm_topk_prob`."""
     squash: Squash
-    """What stands between the cosine and the sigmoid of the threshold."""
+    """Under `threshold`, what stands between the cosine and the sigmoid of the threshold."""
     combine: Combine
-    """`sum` keeps a carved model equal to its dense origin while every expert is open."""
+    """Under `threshold`; `sum` keeps a carved model equal to its dense origin while every expert is open."""
     fallback_k: int
-    """Experts of a token that passes no threshold."""
+    """Under `threshold`, experts of a token that passes none."""
     cosine_eps: float
     """Floor of the norms in the cosine."""
     min_k: int
@@ -101,8 +109,9 @@ class MoeConfig:
     def __post_init__(self) -> None:
         """Refuse what is not a Hyper-SMoE."""
         check.at_least("MoeConfig", "num_experts", self.num_experts, MIN_EXPERTS)
-        check.between("MoeConfig", "min_k", self.min_k, 1, self.num_experts)
-        check.between("MoeConfig", "fallback_k", self.fallback_k, 1, self.num_experts)
+        for name in ("min_k", "fallback_k", "top_k"):
+            check.between("MoeConfig", name, getattr(self, name), 1, self.num_experts)
+        check.one_of("MoeConfig", "route", self.route, get_args(Route))
 
 
 class Attention(NamedTuple):
@@ -169,7 +178,7 @@ class Carved(NamedTuple):
     x: Tensor
     """[T, H]: the input of the router and the bank."""
     affinity: Tensor
-    """[T, E]"""
+    """[T, E]: the cosine with each prototype, or under `top_k` the logit."""
     routing: Routing
 
 
@@ -262,16 +271,21 @@ def mlp_forward(mlp: Mlp, x: Tensor) -> Tensor:
     return linear(silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
 
 
+def route(router: Router, x: Tensor, *, config: MoeConfig) -> tuple[Tensor, Routing]:
+    """The affinity [T, E] of the tokens `x` [T, H] with each expert, and the experts that this gives them."""
+    if config.route == "top_k":
+        logits = linear(x, router.prototypes)
+        return logits, top_k_route(logits, k=config.top_k, normalise=config.normalise)
+    affinity = cosine_affinity(x, router.prototypes, eps=config.cosine_eps)
+    routing = threshold_route(
+        affinity, router.thresholds, squash=config.squash, fallback_k=config.fallback_k, combine=config.combine
+    )
+    return affinity, routing
+
+
 def moe_forward(moe: Moe, x: Tensor, taps: Mapping[str, Tensor], *, config: MoeConfig) -> tuple[Tensor, Carved]:
     """Route and compute the tokens `x` [T, H]; `taps` names what the backward pass shall measure (`zero_taps`)."""
-    affinity = cosine_affinity(x, moe.router.prototypes, eps=config.cosine_eps)
-    routing = threshold_route(
-        affinity,
-        moe.router.thresholds,
-        squash=config.squash,
-        fallback_k=config.fallback_k,
-        combine=config.combine,
-    )
+    affinity, routing = route(moe.router, x, config=config)
     y = bank(moe.experts, x, routing.weights.to(x.dtype), taps, min_k=config.min_k, backend=config.backend)
     return y, Carved(x=x, affinity=affinity, routing=routing)
 

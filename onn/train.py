@@ -18,17 +18,22 @@ from onn.functional.transform import Taps
 from onn.objective import (
     Measured,
     MoeTraining,
+    OptimConfig,
     SparseMetrics,
     StepConfig,
     carved_layers,
     language_loss,
     router_objective,
     scaled_surprise,
+    soft_targets,
     sparse_metrics,
     target_share,
     zero_taps,
 )
 from onn.qwen3 import Carved, Model, Moe
+
+_PIECE = 2**24
+"""Entries of a parameter that are updated at a time, so that temporaries stay small beside the largest one."""
 
 
 class State(NamedTuple):
@@ -48,6 +53,9 @@ class Metrics(NamedTuple):
     """Figures of one step; the loss and its kin are those before the update."""
 
     loss: Tensor
+    """Scalar: the main loss, the cross-entropy with the text."""
+    divergence: Tensor | tuple[()]
+    """Scalar: of the teacher from the model (see `distillation_loss`); empty without a teacher."""
     tau: Tensor
     accuracy: Tensor
     grad_norm: Tensor
@@ -92,7 +100,9 @@ def init_state(model: Model) -> State:
     )
 
 
-def step(state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig) -> tuple[State, Metrics]:
+def step(
+    state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig, teacher: Model | tuple[()] = ()
+) -> tuple[State, Metrics]:
     """One training step, pure: the same arguments give the same bits.
 
     One forward and one backward pass give the loss, every gradient and the surprise; SMK masks the experts' gradients
@@ -100,66 +110,61 @@ def step(state: State, batch: Batch, noise: Model | tuple[()], config: StepConfi
     gradient is not finite nothing but the step counter changes.
 
     Args:
-        state: of `init_state` or the last step.
+        state: of `init_state` or the last step. Each of its tensors is let go as soon as its successor is made: a
+            caller who keeps no reference to the state, nor to `noise`, needs memory for one state, not for two.
         batch: text.
         noise: uniform int16 of the model's structure and shapes for stochastic rounding; `()` for models that are not
             bfloat16.
         config: static.
+        teacher: the dense model that the experts were carved from, where `distill` has weight; not asked otherwise.
 
     Returns:
         The next state and the figures of this step.
     """
     sparse = config.sparse
-    moe = None if sparse is None else sparse.moe
+    passed = config
     if sparse is not None and sparse.granularity != "token":
-        moe = replace(sparse.moe, min_k=sparse.moe.num_experts)
+        passed = replace(config, sparse=replace(sparse, moe=replace(sparse.moe, min_k=sparse.moe.num_experts)))
+    soft = soft_targets(teacher, batch, config=config)
 
     def loss(model: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
-        return language_loss(model, inputs, taps, config=config.model, moe=moe)
+        return language_loss(model, inputs, taps, soft, config=passed)
 
     names: tuple[F.TapName, ...] = ("surprise",)
     if sparse is not None and sparse.router.target == "counterfactual":
         names = ("surprise", "counterfactual")
     taps = zero_taps(state.model, batch.tokens.numel(), names=names)
-    result = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
-    grads = result.grads
+    total, seen, grads, surprise = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
     metrics: SparseMetrics | tuple[()] = ()
     lr = optim.warmup_cosine(
         state.step, peak=config.optim.lr, warmup=config.optim.warmup, total=config.total_steps, floor=config.optim.floor
     )
     if sparse is not None:
-        surprise = scaled_surprise(result.surprise, batch)
+        surprise = scaled_surprise(surprise, batch)
         share = target_share(state.step, config=sparse.density)
-        metrics = sparse_metrics(result.loss, result.aux, surprise, share, config=config.integrity)
-        grads = _sparse_gradients(state.model, grads, result.aux.carved, surprise, metrics.pi, config=sparse)
+        metrics = sparse_metrics(seen.error, seen, surprise, share, config=config.integrity)
+        grads = _sparse_gradients(state.model, grads, seen.carved, surprise, metrics.pi, config=sparse)
     grads, norm = optim.clip_by_global_norm(grads, max_norm=config.optim.clip_norm)
-    finite = torch.isfinite(result.loss) & torch.isfinite(norm)
-    model, optimizer = optim.adamw(
-        state.model,
-        grads,
-        state.optimizer,
-        tree.map1(lambda mask: mask & finite, _learns(grads)),
-        noise,
-        lr=lr,
-        beta1=config.optim.beta1,
-        beta2=config.optim.beta2,
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-    )
-    usage, lifetime = state.usage, state.lifetime
+    finite = torch.isfinite(total) & torch.isfinite(norm)
+    learns = tree.map1(lambda mask: mask & finite, _learns(grads))
+    usage, lifetime, counter = state.usage, state.lifetime, state.step
+    columns = [tree.leaves(part) for part in (state.model, grads, *state.optimizer, learns, noise)]
+    del state, grads, noise
+    model, optimizer = _updated(columns, learns, lr, config=config.optim)
     if sparse is not None and isinstance(metrics, SparseMetrics):
-        model = _controlled(model, result.aux.carved, metrics.target_share, finite, config=sparse)
-        seen = [F.Usage(*row) for row in zip(*metrics.usage, strict=True)]
+        model = _controlled(model, seen.carved, metrics.target_share, finite, config=sparse)
+        counts = [F.Usage(*row) for row in zip(*metrics.usage, strict=True)]
         usage = tuple(
-            F.Usage(*(a + b for a, b in zip(old, new, strict=True))) for old, new in zip(usage, seen, strict=True)
+            F.Usage(*(a + b for a, b in zip(old, new, strict=True))) for old, new in zip(usage, counts, strict=True)
         )
-        lifetime = tuple(old + new.active for old, new in zip(lifetime, seen, strict=True))
+        lifetime = tuple(old + new.active for old, new in zip(lifetime, counts, strict=True))
     return (
-        State(model=model, optimizer=optimizer, usage=usage, lifetime=lifetime, step=state.step + 1),
+        State(model=model, optimizer=optimizer, usage=usage, lifetime=lifetime, step=counter + 1),
         Metrics(
-            loss=result.loss,
-            tau=result.aux.tau,
-            accuracy=result.aux.accuracy,
+            loss=seen.error,
+            divergence=seen.divergence,
+            tau=seen.tau,
+            accuracy=seen.accuracy,
             grad_norm=norm,
             learning_rate=lr,
             skipped=~finite,
@@ -186,7 +191,12 @@ def _sparse_gradients(
 
 
 def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: Tensor, *, config: MoeTraining) -> Model:
-    """Move all thresholds of a layer together so that the share of active experts follows its target."""
+    """Move all thresholds of a layer together so that the share of active experts follows its target.
+
+    The top-k route has no thresholds, and its share is what it is.
+    """
+    if config.moe.route == "top_k":
+        return model
     mlps = []
     for layer, was in zip(carved_layers(model), seen, strict=True):
         thresholds = layer.router.thresholds
@@ -195,6 +205,65 @@ def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: T
         router = layer.router._replace(thresholds=torch.where(finite & torch.isfinite(shift), moved, thresholds))
         mlps.append(layer._replace(router=router))
     return _with_mlps(model, mlps)
+
+
+def _updated(
+    columns: list[list[Tensor]], like: Model, lr: Tensor, *, config: OptimConfig
+) -> tuple[Model, optim.AdamWState[Model]]:
+    """`optim.adamw` by groups of leaves; the columns lose each leaf as soon as it is replaced.
+
+    They are parameters, gradients, steps, mean, square, learns and noise, the last of which may be empty. The embedding
+    comes last, when the gradients of all others are gone, and in pieces where it is large: the temporaries of a whole
+    one are several times its own size.
+    """
+    done: tuple[list[Tensor], ...] = ([], [], [], [])
+    while columns[0]:
+        size = _group(columns[0])
+        pieces = len(columns[0][-1].chunk(max(1, columns[0][-1].numel() // _PIECE))) if size == 1 else 1
+        cut = (_cut([column.pop() for _ in range(min(size, len(column)))], pieces) for column in columns)
+        params, grads, steps, mean, square, learns, noise = cut
+        moved, state = optim.adamw(
+            params,
+            grads,
+            optim.AdamWState(steps=steps, mean=mean, square=square),
+            learns,
+            noise,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        results = [*reversed(state), moved]
+        del params, grads, steps, mean, square, learns, noise, moved, state
+        for column in done:
+            column.extend(_joined(results.pop(), pieces))
+    model, *moments = (tree.unflatten(like, column[::-1]) for column in done)
+    return model, optim.AdamWState(*moments)
+
+
+def _group(leaves: list[Tensor]) -> int:
+    """How many of the last leaves have `_PIECE` entries together: at least one."""
+    total, size = 0, 0
+    for leaf in reversed(leaves):
+        total += leaf.numel()
+        if total > _PIECE:
+            break
+        size += 1
+    return max(size, 1)
+
+
+def _cut(leaves: list[Tensor], pieces: int) -> tuple[Tensor, ...]:
+    if pieces == 1 or not leaves:
+        return tuple(leaves)
+    (leaf,) = leaves
+    return leaf.chunk(pieces) if leaf.ndim else (leaf,) * pieces
+
+
+def _joined(parts: tuple[Tensor, ...], pieces: int) -> tuple[Tensor, ...]:
+    if pieces == 1:
+        return parts
+    return (torch.cat(parts) if parts[0].ndim else parts[0],)
 
 
 def _forget(layer: Moe, plan: F.Heirs) -> Moe:
@@ -215,7 +284,7 @@ def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, s
     Returns:
         The next state, optimizer included, and the number of reborn experts of each layer [L].
     """
-    share = 0.5 if config.moe.combine == "sum" else 1.0
+    share = 0.5 if config.moe.route == "threshold" and config.moe.combine == "sum" else 1.0
     mlps, plans = [], []
     for layer, counts, bits in zip(carved_layers(state.model), state.usage, noise, strict=True):
         always_open = torch.isneginf(layer.router.thresholds)

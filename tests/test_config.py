@@ -203,3 +203,41 @@ def test_the_first_version_means_what_it_meant() -> None:
     assert (config.sparse.moe.num_experts, config.sparse.moe.min_k, config.sparse.granularity) == (32, 4, "token")
     assert (config.sparse.router.temperature, config.sparse.density.target) == (0.05, 0.25)
     assert (config.optim.lr, config.pretrain.lr, config.train.dtype) == (0.002, 0.003, "bfloat16")
+    moe, distill = config.sparse.moe, config.sparse.distill
+    assert (moe.route, moe.squash, moe.combine, moe.fallback_k, distill.weight) == (
+        "threshold",
+        "sigmoid",
+        "sum",
+        1,
+        0.0,
+    )
+
+
+def test_an_upgrade_adds_values_and_changes_none() -> None:
+    old = read(SAVED / "v1-tiny.json")
+    new = presets.save(presets.load(old, where="v1-tiny.json"))
+
+    def contained(part: Mapping[str, Value], whole: Mapping[str, Value]) -> bool:
+        return all(
+            contained(value, inner) if isinstance(value, dict) and isinstance(inner, dict) else value == inner
+            for value, inner in ((value, whole[name]) for name, value in part.items())
+        )
+
+    assert contained(old | {"version": presets.VERSION}, new)
+
+
+def test_an_old_configuration_is_read_as_strictly_as_a_new_one() -> None:
+    old = read(SAVED / "v1-tiny.json")
+    sparse = old["sparse"]
+    assert isinstance(sparse, dict)
+    moe = sparse["moe"]
+    assert isinstance(moe, dict)
+    early = old | {"sparse": sparse | {"moe": moe | {"route": "top_k"}}}
+    for values, message in (
+        (early, "'route' came with a later version"),
+        (old | {"sparse": sparse | {"moe": 3}}, "sparse: moe: expected the values of MoeConfig, got 3"),
+        ({name: value for name, value in old.items() if name != "sparse"}, "missing 'sparse' of RunConfig"),
+        (old | {"sede": 1}, "unknown value 'sede'; did you mean 'seed'"),
+    ):
+        with pytest.raises(ValueError, match=f"^v1: {message}"):
+            presets.load(values, where="v1")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,7 +18,16 @@ from onn.qwen3 import Mlp, Model, MoeConfig, Qwen3Config
 from tests.support import assert_close, normal, relative_error, tolerance
 
 MOE = MoeConfig(
-    num_experts=10, squash="sigmoid", combine="sum", fallback_k=1, cosine_eps=1e-6, min_k=10, backend="dense"
+    num_experts=10,
+    route="threshold",
+    top_k=3,
+    normalise=True,
+    squash="sigmoid",
+    combine="sum",
+    fallback_k=1,
+    cosine_eps=1e-6,
+    min_k=10,
+    backend="dense",
 )
 
 
@@ -218,6 +229,65 @@ def test_a_carved_model_is_not_carved_again_and_needs_its_routing_and_taps() -> 
         qwen3.forward(carved, tokens, ({}, {}), config=settings, moe=None)
     with pytest.raises(ValueError, match="2 carved layers, got 0"):
         qwen3.forward(carved, tokens, (), config=settings, moe=MOE)
+
+
+def routed(moe: MoeConfig) -> qwen3.Output:
+    """A carved model with random routers under one routing."""
+    settings = config()
+    carved = carve.carve(parameters(settings, seed=3), num_experts=10)
+    router = F.Router(prototypes=normal(4, 10, 16), thresholds=normal(5, 10) / 8)
+    layers = tuple(layer._replace(mlp=layer.mlp._replace(router=router)) for layer in carved.layers)  # type: ignore[call-arg]
+    tokens = random_tokens(settings, 2, 9)
+    return qwen3.forward(carved._replace(layers=layers), tokens, ({}, {}), config=settings, moe=moe)
+
+
+@pytest.mark.parametrize(("k", "normalise"), [(1, False), (3, False), (3, True), (10, True)])
+def test_top_k_opens_the_experts_of_the_largest_logits_with_their_probabilities(k: int, normalise: bool) -> None:
+    output = routed(replace(MOE, route="top_k", top_k=k, normalise=normalise))
+    for layer in output.carved:
+        logits = layer.x @ normal(4, 10, 16).mT
+        assert_close(layer.affinity, logits, bound=1e-12)
+        for row, weights in zip(logits.tolist(), layer.routing.weights, strict=True):
+            best = sorted(range(10), key=lambda expert: -row[expert])[:k]
+            odds = [math.exp(row[expert]) for expert in best]
+            total = sum(odds) if normalise else sum(math.exp(value) for value in row)
+            expected = torch.zeros(10, dtype=torch.float64)
+            expected[best] = torch.tensor([odd / total for odd in odds], dtype=torch.float64)
+            assert_close(weights, expected, bound=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("used", "unused"),
+    [
+        (MOE, {"top_k": 7, "normalise": False}),
+        (
+            replace(MOE, route="top_k"),
+            {"squash": "identity", "combine": "uniform", "fallback_k": 9, "cosine_eps": 1.0},
+        ),
+    ],
+    ids=["threshold", "top_k"],
+)
+def test_what_belongs_to_the_other_route_changes_nothing(used: MoeConfig, unused: dict[str, str | int | float]) -> None:
+    got, expected = (routed(moe).logits for moe in (replace(used, **unused), used))  # type: ignore[arg-type]
+    assert torch.equal(got, expected)
+    assert not torch.equal(
+        expected, routed(replace(used, route="threshold" if used.route == "top_k" else "top_k")).logits
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 0}, "expected 1 <= top_k=0 <= 10"),
+        ({"top_k": 11}, "expected 1 <= top_k=11 <= 10"),
+        ({"min_k": 11}, "expected 1 <= min_k=11 <= 10"),
+        ({"fallback_k": 0}, "expected 1 <= fallback_k=0 <= 10"),
+        ({"route": "topk"}, "unknown route='topk'; did you mean 'top_k'"),
+    ],
+)
+def test_impossible_routings_are_refused(changes: dict[str, str | int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^MoeConfig: {re.escape(message)}"):
+        replace(MOE, **changes)  # type: ignore[arg-type]
 
 
 def test_the_real_model_divides_without_a_rest() -> None:

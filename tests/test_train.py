@@ -11,6 +11,7 @@ from onn import carve, objective, optim, train, tree
 from onn.data import Batch
 from onn.objective import (
     DensityConfig,
+    DistillConfig,
     Granularity,
     IntegrityConfig,
     MoeTraining,
@@ -40,6 +41,7 @@ SPARSE = MoeTraining(
         pi_threshold=0.3,
     ),
     density=DensityConfig(target=0.3, ramp_steps=10, gain=0.5),
+    distill=DistillConfig(weight=0.0, temperature=1.0),
 )
 SETTINGS = StepConfig(
     model=ARCHITECTURE,
