@@ -1,7 +1,7 @@
 """What our bank costs inside transformers: time and peak memory against its own implementations, as ratios.
 
 `uv run experiments/bench_hub.py experts|surprise [--json FILE]`: about two minutes each on two CPU cores. Expected: the
-bank computes every expert for every token, so it wins where experts are tiny (16 neurons: 0.4 to 1.2 of `grouped_mm`)
+bank computes every expert for every token, so it wins where experts are tiny (16 neurons: 0.6 to 1.0 of `grouped_mm`)
 and costs up to E / k times as much where they are not; in generation it gathers the experts chosen and costs about the
 same. `surprise` costs about as much as a training step under `grouped_mm`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -23,9 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from experiments import noise
-from experiments.bench import Row, table
-from experiments.measure import Run, interleaved, peak_bytes, ratio
-from onn import observe
+from experiments.measure import Row, Run, compare, report
 from onn.hub import ModelSurprise, surprise
 from onn.hub.experts import IMPLEMENTATION, StockExperts, is_stock
 
@@ -89,28 +87,13 @@ def random_model(case: Case, dtype: torch.dtype, *, layers: int, seed: int) -> P
     return model
 
 
-def compared(suite: Suite, case: Case, dtype: torch.dtype, variants: Mapping[str, Run], options: Options) -> list[Row]:
+def against_others(
+    suite: Suite, case: Case, dtype: torch.dtype, variants: Mapping[str, Run], options: Options
+) -> list[Row]:
     """The last variant against all the others."""
-    seconds = interleaved(variants, repeats=options.repeats)
-    peaks = {name: peak_bytes(run) for name, run in variants.items()}
     *baselines, variant = variants
-    rows = []
-    for baseline in baselines:
-        time = ratio(seconds, variant, baseline)
-        rows.append(
-            Row(
-                suite=suite,
-                case=str(case),
-                dtype=str(dtype).removeprefix("torch."),
-                variant=variant,
-                baseline=baseline,
-                ratio=time.median,
-                ratio_low=time.low,
-                ratio_high=time.high,
-                peak_ratio=peaks[variant] / max(peaks[baseline], 1),
-            )
-        )
-    return rows
+    pairs = [(variant, baseline) for baseline in baselines]
+    return compare(variants, pairs, suite=suite, case=str(case), dtype=dtype, repeats=options.repeats)
 
 
 class Layer(NamedTuple):
@@ -168,7 +151,7 @@ def experts_suite(options: Options) -> list[Row]:
         layer = random_layer(case, dtype, seed=options.seed)
         for kind, function in (("forward", without_gradients), ("and backward", with_gradients)):
             variants = {f"{name}, {kind}": partial(function, layer, name) for name in (*STOCK, IMPLEMENTATION)}
-            rows += compared("experts", case, dtype, variants, options)
+            rows += against_others("experts", case, dtype, variants, options)
     return rows
 
 
@@ -196,7 +179,7 @@ def surprise_suite(options: Options) -> list[Row]:
             f"training step, {name}": partial(training_step, model, batch, name) for name in STOCK
         }
         variants["surprise, grouped_mm"] = partial(measurement, model, batch, "grouped_mm")
-        rows += compared("surprise", case, dtype, variants, options)
+        rows += against_others("surprise", case, dtype, variants, options)
     return rows
 
 
@@ -207,11 +190,7 @@ SUITES: Mapping[Suite, Callable[[Options], list[Row]]] = MappingProxyType(
 
 def main(options: Options) -> list[Row]:
     """Measure a suite, print its rows and write them where that was asked for."""
-    rows = SUITES[options.suite](options)
-    print(table(rows))
-    if options.json is not None:
-        observe.write_json(options.json, [asdict(row) for row in rows])
-    return rows
+    return report(SUITES[options.suite](options), options.json)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,16 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from onn import observe
 
 Run = Callable[[], object]
 
@@ -84,6 +88,78 @@ def _silent() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One comparison."""
+
+    suite: str
+    case: str
+    dtype: str
+    variant: str
+    baseline: str
+    ratio: float
+    """Median of the paired ratios of time."""
+    ratio_low: float
+    """First quartile."""
+    ratio_high: float
+    """Third quartile."""
+    peak_ratio: float
+    """Of the peak memory."""
+
+
+def compare(
+    variants: Mapping[str, Run],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    suite: str,
+    case: str,
+    dtype: torch.dtype,
+    repeats: int,
+) -> list[Row]:
+    """One row for each pair of a variant and its baseline, all variants measured in the same rounds."""
+    seconds = interleaved(variants, repeats=repeats)
+    peaks = {name: peak_bytes(run) for name, run in variants.items()}
+    rows = []
+    for variant, baseline in pairs:
+        found = ratio(seconds, variant, baseline)
+        rows.append(
+            Row(
+                suite=suite,
+                case=case,
+                dtype=str(dtype).removeprefix("torch."),
+                variant=variant,
+                baseline=baseline,
+                ratio=found.median,
+                ratio_low=found.low,
+                ratio_high=found.high,
+                peak_ratio=peaks[variant] / max(peaks[baseline], 1),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned plain text."""
+    lines = [("case", "dtype", "variant", "against", "time", "(quartiles)", "peak memory")]
+    lines += [
+        (
+            *(row.case, row.dtype, row.variant, row.baseline),
+            *(f"{row.ratio:.3g}", f"({row.ratio_low:.3g} to {row.ratio_high:.3g})", f"{row.peak_ratio:.3g}"),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def report(rows: list[Row], path: Path | None) -> list[Row]:
+    """Print rows, and write them as JSON where there is a path; the rows."""
+    print(table(rows))
+    if path is not None:
+        observe.write_json(path, [asdict(row) for row in rows])
+    return rows
 
 
 def _wait() -> None:

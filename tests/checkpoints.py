@@ -13,41 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from experiments.make_checkpoint import config_text
 from onn import qwen3, tree, weights
 from onn.qwen3 import Model, Qwen3Config
 from onn.tree import Tree
-
-REAL_CONFIG = """{
-  "architectures": [
-    "Qwen3ForCausalLM"
-  ],
-  "attention_bias": false,
-  "attention_dropout": 0.0,
-  "bos_token_id": 151643,
-  "eos_token_id": 151645,
-  "head_dim": 128,
-  "hidden_act": "silu",
-  "hidden_size": 1024,
-  "initializer_range": 0.02,
-  "intermediate_size": 3072,
-  "max_position_embeddings": 40960,
-  "max_window_layers": 28,
-  "model_type": "qwen3",
-  "num_attention_heads": 16,
-  "num_hidden_layers": 28,
-  "num_key_value_heads": 8,
-  "rms_norm_eps": 1e-06,
-  "rope_scaling": null,
-  "rope_theta": 1000000,
-  "sliding_window": null,
-  "tie_word_embeddings": true,
-  "torch_dtype": "bfloat16",
-  "transformers_version": "4.51.0",
-  "use_cache": true,
-  "use_sliding_window": false,
-  "vocab_size": 151936
-}"""
-"""`config.json` of Qwen3-0.6B to the byte: its hash is the manifest's."""
 
 NAME, REPOSITORY, REVISION = "small", "Somebody/Small-1", "0123456789abcdef0123456789abcdef01234567"
 
@@ -89,10 +58,8 @@ def any_bits(config: Qwen3Config, *, dtype: torch.dtype, seed: int) -> Model:
 
 def config_json(config: Qwen3Config) -> dict[str, object]:
     """The real `config.json` with the values of another architecture."""
-    real: dict[str, object] = json.loads(REAL_CONFIG)
-    return (
-        real | {"rope_theta": int(config.rope_theta)} | {k: v for k, v in asdict(config).items() if k != "rope_theta"}
-    )
+    values: dict[str, object] = json.loads(config_text(config))
+    return values
 
 
 def hub_tensors(config: Qwen3Config, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 import onn.functional as F
-from onn import carve, qwen3, tree
+from onn import carve, qwen3, tree, weights
 from onn.functional.transform import Taps
 from onn.qwen3 import Mlp, Model, MoeConfig, Qwen3Config
 from tests.support import assert_close, normal, relative_error, tolerance
@@ -76,21 +76,9 @@ def parameters(config: Qwen3Config, *, dtype: torch.dtype = torch.float64, seed:
 
 
 def hub_names(model: Model) -> dict[str, Tensor]:
-    """A dense model under transformers' names."""
-    named = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
-    named["lm_head.weight"] = model.head[0] if model.head else model.embedding
-    for index, layer in enumerate(model.layers):
-        at = f"model.layers.{index}"
-        named[f"{at}.input_layernorm.weight"] = layer.input_norm
-        named[f"{at}.post_attention_layernorm.weight"] = layer.post_attention_norm
-        for name in ("q", "k", "v", "o"):
-            named[f"{at}.self_attn.{name}_proj.weight"] = getattr(layer.attention, name)
-        for name in ("q_norm", "k_norm"):
-            named[f"{at}.self_attn.{name}.weight"] = getattr(layer.attention, name)
-        assert isinstance(layer.mlp, Mlp)
-        for name in Mlp._fields:
-            named[f"{at}.mlp.{name}_proj.weight"] = getattr(layer.mlp, name)
-    return named
+    """A dense model under transformers' names, a tied head under its own as well."""
+    named = dict(zip(weights.hub_names(model), tree.leaves(model), strict=True))
+    return {"lm_head.weight": model.embedding, **named}
 
 
 def reference(model: Model, config: Qwen3Config) -> Qwen3ForCausalLM:
@@ -247,13 +235,13 @@ def test_top_k_opens_the_experts_of_the_largest_logits_with_their_probabilities(
     for layer in output.carved:
         logits = layer.x @ normal(4, 10, 16).mT
         assert_close(layer.affinity, logits, bound=1e-12)
-        for row, weights in zip(logits.tolist(), layer.routing.weights, strict=True):
+        for row, shares in zip(logits.tolist(), layer.routing.weights, strict=True):
             best = sorted(range(10), key=lambda expert: -row[expert])[:k]
             odds = [math.exp(row[expert]) for expert in best]
             total = sum(odds) if normalise else sum(math.exp(value) for value in row)
             expected = torch.zeros(10, dtype=torch.float64)
             expected[best] = torch.tensor([odd / total for odd in odds], dtype=torch.float64)
-            assert_close(weights, expected, bound=1e-12)
+            assert_close(shares, expected, bound=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from experiments.make_checkpoint import REAL_CONFIG
 from experiments.presets import QWEN3_06B
 from onn import qwen3, tree, weights
 from onn.weights import CONFIG_FILE, INDEX_FILE, MODEL_FILE
 from tests.checkpoints import (
     NAME,
-    REAL_CONFIG,
     REPOSITORY,
     REVISION,
     SMALL,

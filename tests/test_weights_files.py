@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
+from experiments.make_checkpoint import REAL_CONFIG
 from onn import carve, qwen3, tree, weights
 from onn.qwen3 import Qwen3Config
 from onn.weights import CONFIG_FILE, MODEL_FILE
 from tests.checkpoints import (
-    REAL_CONFIG,
     SMALL,
     UNTIED,
     any_bits,
