@@ -66,7 +66,8 @@ def pool(tokens: Sequence[Tensor], masks: Sequence[Tensor], *, length: int) -> P
     check.require(len(tokens) == len(masks) > 0, f"pool: {len(tokens)} token sequences and {len(masks)} masks.")
     offset, bounds, starts = 0, [0], []
     for domain, (sequence, mask) in enumerate(zip(tokens, masks, strict=True)):
-        N = check.shapes("pool", ("tokens", sequence, "N"), ("masks", mask, "N"))["N"]
+        N = check.shapes("pool", ("tokens", sequence, "integer N"), ("masks", mask, "bool N"))["N"]
+        check.require(not sequence.is_meta, "pool: expected tokens with values, got them on meta.")
         learnt = torch.cat([torch.zeros(1, dtype=torch.int64), mask.cumsum(0)])
         found = (learnt[length + 1 :] > learnt[1 : max(N - length, 0) + 1]).nonzero().flatten()
         check.require(
@@ -78,6 +79,20 @@ def pool(tokens: Sequence[Tensor], masks: Sequence[Tensor], *, length: int) -> P
         bounds.append(bounds[-1] + len(found))
         offset += N
     return Pool(torch.cat(list(tokens)), torch.cat(list(masks)), torch.cat(starts), torch.tensor(bounds), length)
+
+
+def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
+    """Raise `ValueError` unless every token of a corpus is one that a model of this vocabulary can embed.
+
+    What a batch is cut from is checked once, here: an embedding looks a token up unchecked, or ends the process.
+    """
+    for domain, *sides in zip(corpus.domains, corpus.train, corpus.held_out, strict=True):
+        for tokens in (side for side in sides if len(side)):
+            low, high = (int(value) for value in torch.aminmax(tokens))
+            check.require(
+                low >= 0 and high < vocab_size,
+                f"check_vocabulary: {domain} has tokens from {low} to {high}, the model vocab_size={vocab_size}.",
+            )
 
 
 def sample_batch(pool: Pool, choice: Tensor) -> Batch:
@@ -93,7 +108,7 @@ def sample_batch(pool: Pool, choice: Tensor) -> Batch:
     Guarantees: pure; the same noise gives the same batch. Every window lies within its domain and has a target that
     counts.
     """
-    check.shapes("sample_batch", ("choice", choice, "B 2"))
+    check.shapes("sample_batch", ("choice", choice, "float B 2"))
     uniform = choice.double()
     domain = _pick(uniform[:, 0], torch.full_like(uniform[:, 0], len(pool.bounds) - 1))
     first = pool.bounds[domain]
@@ -120,7 +135,10 @@ def windows(tokens: Tensor, mask: Tensor, starts: Tensor, *, length: int) -> Bat
     Raises:
         ValueError: a window would leave the sequence.
     """
-    sizes = check.shapes("windows", ("tokens", tokens, "N"), ("mask", mask, "N"), ("starts", starts, "B"))
+    sizes = check.shapes(
+        "windows", ("tokens", tokens, "integer N"), ("mask", mask, "bool N"), ("starts", starts, "integer B")
+    )
+    check.require(not starts.is_meta, "windows: expected starts with values, got them on meta.")
     check.at_least("windows", "length", length, 1)
     outside = starts[(starts < 0) | (starts >= sizes["N"] - length)]
     check.require(
@@ -156,7 +174,8 @@ def evaluation_batches(tokens: Tensor, mask: Tensor, *, batch: int, length: int,
     """
     for name, value in (("batch", batch), ("length", length), ("limit", limit)):
         check.at_least("evaluation_batches", name, value, 1)
-    N = check.shapes("evaluation_batches", ("tokens", tokens, "N"), ("mask", mask, "N"))["N"]
+    N = check.shapes("evaluation_batches", ("tokens", tokens, "integer N"), ("mask", mask, "bool N"))["N"]
+    check.require(not tokens.is_meta, "evaluation_batches: expected tokens with values, got them on meta.")
     starts = torch.arange(0, max(N - length, 0), length)
     starts = starts[windows(tokens, mask, starts, length=length).mask.any(dim=1)][:limit]
     check.require(

@@ -5,7 +5,7 @@ Shape letter: N tokens of a sequence.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from onn import check
+from onn.config import parse_json, read_text
 from onn.corpus import Corpus, Part, build, byte_tensor, check_share, plain_part, rank
 
 START, END, SEPARATOR = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -80,13 +81,19 @@ class HubTokenizer:
         """Read `tokenizer.json` and `tokenizer_config.json`; never asks the network and runs no code from the folder.
 
         Raises:
-            ValueError: `folder` holds no `tokenizer.json`.
+            ValueError: `folder` holds no `tokenizer.json`, or transformers cannot read it.
         """
+        from tokenizers import Tokenizer as Reader
         from transformers import AutoTokenizer  # seconds, which bytes need not pay
 
         check.require((folder / "tokenizer.json").is_file(), f"HubTokenizer: {folder} holds no tokenizer.json.")
         self._folder = folder
-        self._backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            Reader.from_file(str(folder / "tokenizer.json"))  # where this fails transformers looks for other files
+            self._backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library underneath raises plain ones
+            reason = check.shown(f"{type(error).__name__}: {error}", quoted=False)
+            raise ValueError(f"HubTokenizer: {folder} holds no tokenizer that can be read: {reason}.") from error
 
     @property
     def vocabulary(self) -> int:
@@ -128,7 +135,7 @@ def load_corpus(path: Path, tokenizer: Tokenizer, *, held_out: float) -> Corpus:
         ValueError: the path does not exist, has another suffix, or its content is wrong.
     """
     known = (".jsonl", *TEXT_SUFFIXES)
-    if path.is_file():
+    if os.path.isfile(path):
         check.one_of(f"{path}", "suffix", path.suffix.lower(), known)
     return (chat_corpus if path.suffix.lower() == ".jsonl" else text_corpus)(path, tokenizer, held_out=held_out)
 
@@ -164,11 +171,14 @@ def text_corpus(path: Path, tokenizer: Tokenizer, *, held_out: float) -> Corpus:
         ValueError: nothing there, not UTF-8 (names file and line), nothing but blanks, or too little to hold some out.
     """
     check_share("text_corpus", held_out)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         sides = ([plain_part(tokenizer.encode(side))] for side in _split_lines(path, held_out))
         return build([path.stem], *sides)
     hits = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
     files = [file for file in hits if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    for file in files:
+        outside = not file.resolve().is_relative_to(path.resolve())
+        check.require(not outside, f"{file}: leads out of the folder, to {file.resolve()}.")
     texts = [text for file in files if (text := _read(file)).strip()]
     check.require(bool(texts), f"{path}: no file with text in it; looked for {', '.join(TEXT_SUFFIXES)}.")
     parts = [plain_part(torch.cat([tokenizer.encode(text), tokenizer.separator])) for text in texts]
@@ -215,23 +225,20 @@ class _Piece(NamedTuple):
 
 def _turns(line: str, where: str) -> list[tuple[str, str]]:
     """The checked `(role, content)` of one line of a chat file."""
-    try:
-        chat: object = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from error
+    chat = parse_json(line, where=where)
     messages = chat.get("messages") if isinstance(chat, dict) else None
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f'{where}: expected {{"messages": [...]}} with at least one message, got {line[:80]!r}.')
+        raise ValueError(f'{where}: expected {{"messages": [...]}} with at least one message, got {check.shown(line)}.')
     turns = []
     for number, message in enumerate(messages, start=1):
         at = f"{where}, message {number}"
         if not isinstance(message, dict):
-            raise ValueError(f'{at}: expected {{"role": ..., "content": ...}}, got {message!r}.')
+            raise ValueError(f'{at}: expected {{"role": ..., "content": ...}}, got {check.shown(message)}.')
         for key in message:
             check.one_of(at, "key", key, ("role", "content"))
         for key in ("role", "content"):
             check.require(key in message, f"{at}: {key!r} is missing.")
-            check.require(isinstance(message[key], str), f"{at}: {key!r} is not text but {message[key]!r}.")
+            check.require(isinstance(message[key], str), f"{at}: {key!r} is not text but {check.shown(message[key])}.")
         check.one_of(at, "role", message["role"], ROLES)
         surrogate = any("\ud800" <= letter <= "\udfff" for letter in message["content"])
         check.require(not surrogate, f"{at}: 'content' is not Unicode: it holds half a surrogate pair.")
@@ -269,14 +276,8 @@ def _encode(pieces: Iterable[_Piece], tokenizer: Tokenizer) -> Part:
 
 def _read(path: Path) -> str:
     """A UTF-8 file without its byte order mark and with `\\n` at the end of every line."""
-    check.require(path.is_file(), f"{path}: there is no such file.")
-    data = path.read_bytes()
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8: byte 0x{data[error.start]:02x}, {error.reason}.") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+    check.require(os.path.isfile(path), f"{path}: there is no such file.")
+    return read_text(path).removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _split_lines(path: Path, held_out: float) -> tuple[str, str]:

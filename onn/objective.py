@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, T = B S tokens, H hidden, E experts, L carve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from onn import check, qwen3, tree
 from onn.data import Batch
 from onn.functional.transform import Taps
 from onn.qwen3 import Carved, Model, Moe
+from onn.region import Region, inline
+from onn.tree import Tree
+
+T = TypeVar("T", bound=Tree)
 
 Granularity = Literal["token", "batch", "off"]
 RouterTarget = Literal["surprise", "normalised", "counterfactual"]
@@ -174,7 +178,9 @@ def carved_layers(model: Model) -> list[Moe]:
     return [layer.mlp for layer in model.layers if isinstance(layer.mlp, Moe)]
 
 
-def soft_targets(teacher: Model | tuple[()], batch: Batch, *, config: StepConfig) -> Tensor | tuple[()]:
+def soft_targets(
+    teacher: Model | tuple[()], batch: Batch, *, config: StepConfig, region: Region = inline
+) -> Tensor | tuple[()]:
     """What a dense teacher says of every token: logits [T, V], a constant.
 
     Empty, and nothing is computed, where the configuration gives it no weight.
@@ -188,7 +194,8 @@ def soft_targets(teacher: Model | tuple[()], batch: Batch, *, config: StepConfig
     if not isinstance(teacher, Model):
         raise ValueError(f"soft_targets: distill.weight={weight!r} needs a dense model as the teacher, got none.")
     with torch.no_grad():
-        return qwen3.forward(teacher, batch.tokens, (), config=config.model, moe=None).logits.flatten(0, 1)
+        output = qwen3.forward(teacher, batch.tokens, (), config=config.model, moe=None, region=region)
+    return output.logits.flatten(0, 1)
 
 
 def distillation_loss(logits: Tensor, soft: Tensor, *, temperature: float) -> Tensor:
@@ -212,7 +219,13 @@ def distillation_loss(logits: Tensor, soft: Tensor, *, temperature: float) -> Te
 
 
 def language_loss(
-    model: Model, batch: Batch, taps: Taps, soft: Tensor | tuple[()], *, config: StepConfig
+    model: Model,
+    batch: Batch,
+    taps: Taps,
+    soft: Tensor | tuple[()],
+    *,
+    config: StepConfig,
+    region: Region = inline,
 ) -> tuple[Tensor, Measured]:
     """What is minimised, in float32 (float64 for float64 models), over the targets that count.
 
@@ -222,16 +235,33 @@ def language_loss(
         taps: see `qwen3.forward`.
         soft: of `soft_targets`; empty for the main loss alone.
         config: static.
+        region: how the layers and the loss are carried out.
 
     Returns:
         The mean cross-entropy in nats, mixed with the divergence from the teacher where there is one; and what else the
-        forward pass tells.
+        forward pass tells, detached.
     """
     moe = None if config.sparse is None else config.sparse.moe
-    output = qwen3.forward(model, batch.tokens, taps, config=config.model, moe=moe)
-    logits = output.logits.flatten(0, 1).to(F.reduction_dtype(output.logits.dtype))
-    counted = batch.mask.flatten().to(logits.dtype)
-    targets = batch.targets.flatten()
+    x_BSH, carved = qwen3.hidden_states(model, batch.tokens, taps, config=config.model, moe=moe, region=region)
+    readout = region(_readout_loss, kind="loss")
+    loss, seen = readout(model.norm, qwen3.output_weight(model), x_BSH, batch.targets, batch.mask, soft, config=config)
+    return loss, seen._replace(carved=carved)
+
+
+def _readout_loss(
+    norm: Tensor,
+    head: Tensor,
+    x_BSH: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    soft: Tensor | tuple[()],
+    *,
+    config: StepConfig,
+) -> tuple[Tensor, Measured]:
+    logits = qwen3.readout(norm, head, x_BSH, config=config.model).flatten(0, 1)
+    logits = logits.to(F.reduction_dtype(logits.dtype))
+    counted = mask.flatten().to(logits.dtype)
+    targets = targets.flatten()
 
     def mean(values: Tensor) -> Tensor:
         return (values * counted).sum() / counted.sum().clamp_min(1)
@@ -243,13 +273,14 @@ def language_loss(
         divergence = mean(distillation_loss(logits, soft.to(logits.dtype), temperature=distill.temperature))
         loss = (1 - distill.weight) * error + distill.weight * divergence
     detached = logits.detach()
-    return loss, Measured(
+    seen = Measured(
         error=error,
         divergence=divergence,
         tau=mean(F.token_entropy(detached)),
         accuracy=mean(detached.argmax(dim=-1) == targets),
-        carved=output.carved,
+        carved=(),
     )
+    return loss, tree.detach(seen)
 
 
 def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
@@ -289,64 +320,59 @@ def target_share(step: Tensor, *, config: DensityConfig) -> Tensor:
     return 1 - (1 - config.target) * progress
 
 
+class _LayerFigures(NamedTuple):
+    """Of one carved layer; scalars but where a shape stands."""
+
+    total: Tensor
+    """Finite surprise of active pairs, summed."""
+    counted: Tensor
+    """How many these are."""
+    active_share: Tensor
+    gate: F.GateAccuracy
+    usage: F.Usage
+    """[E] each"""
+    surprise_by_expert: Tensor
+    """[E]"""
+    non_finite: Tensor
+
+
+def _layer_figures(seen: Carved, surprise: Tensor) -> _LayerFigures:
+    active = seen.routing.active & (seen.routing.weights != 0)
+    counted = active & torch.isfinite(surprise)
+    total = torch.where(counted, surprise, 0)
+    by_expert = counted.sum(dim=0)
+    return _LayerFigures(
+        total=total.sum(),
+        counted=by_expert.sum(),
+        active_share=active.float().mean(),
+        gate=F.gate_accuracy(seen.routing.scores, surprise, active),
+        usage=F.usage(seen.routing),
+        surprise_by_expert=total.sum(dim=0) / torch.where(by_expert > 0, by_expert, torch.nan),
+        non_finite=F.non_finite(surprise, active),
+    )
+
+
 def sparse_metrics(
-    loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: IntegrityConfig
+    loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: IntegrityConfig, region: Region = inline
 ) -> SparseMetrics:
     """The figures of a carved model from one forward and backward pass."""
-    active = torch.stack([c.routing.active & (c.routing.weights != 0) for c in seen.carved])
-    values = torch.stack([tap["surprise"] for tap in surprise])
-    counted = active & torch.isfinite(values)
-    total = torch.where(counted, values, 0)
-    mean = total.sum() / counted.sum().clamp_min(1)
-    gates = [F.gate_accuracy(c.routing.scores, v, a) for c, v, a in zip(seen.carved, values, active, strict=True)]
-    usages = [F.usage(c.routing) for c in seen.carved]
+    of_layer = region(_layer_figures, kind="figures")
+    layers = [of_layer(layer, tap["surprise"]) for layer, tap in zip(seen.carved, surprise, strict=True)]
+    figures = _LayerFigures(*(_stacked(column) for column in zip(*layers, strict=True)))
+    mean = figures.total.sum() / figures.counted.sum().clamp_min(1)
     return SparseMetrics(
         surprise=mean,
         pi=F.predictive_integrity(
             loss, seen.tau, mean, alpha=config.alpha, gamma=config.gamma, tau_floor=config.tau_floor
         ),
-        active_share=active.float().mean(),
+        active_share=figures.active_share.mean(),
         target_share=share,
-        gate=F.GateAccuracy(*(torch.stack(column).mean() for column in zip(*gates, strict=True))),
-        usage=F.Usage(*(torch.stack(column) for column in zip(*usages, strict=True))),
-        surprise_by_expert=total.sum(dim=1) / torch.where(counted.any(dim=1), counted.sum(dim=1), torch.nan),
-        non_finite=F.non_finite(values.flatten(0, 1), active.flatten(0, 1)),
+        gate=tree.map1(torch.mean, figures.gate),
+        usage=figures.usage,
+        surprise_by_expert=figures.surprise_by_expert,
+        non_finite=figures.non_finite.sum(),
     )
 
 
-def router_objective(
-    routers: tuple[F.Router, ...], seen: tuple[Carved, ...], surprise: Taps, mix: Tensor, *, config: MoeTraining
-) -> tuple[Tensor, tuple[()]]:
-    """What the routers are taught beside the main loss, from inputs and surprise that are constants.
-
-    Args:
-        routers: of the carved layers.
-        seen: what these layers saw and decided in the pass that measured the surprise.
-        surprise: their taps; normalised here by their mean over the pairs that count.
-        mix: `adaptive_mix`: the share of load balance against surprise.
-        config: weights and temperature.
-
-    Returns:
-        A scalar, the mean over layers, and nothing else.
-    """
-    teach = config.router
-    losses = []
-    for router, layer, taps in zip(routers, seen, surprise, strict=True):
-        _, routing = qwen3.route(router, layer.x.detach(), config=config.moe)
-        scores = routing.scores / teach.temperature
-        values = taps["counterfactual" if teach.target == "counterfactual" else "surprise"].detach()
-        if teach.target == "normalised":
-            values = F.normalised_surprise(values, routing.weights.detach())
-        candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active
-        counted = candidates & torch.isfinite(values) & (values > 0).any(dim=-1, keepdim=True)
-        typical = torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
-        relative = values / torch.where(typical > 0, typical, 1)
-        by_surprise = F.router_loss(scores, relative, counted, w_ce=teach.w_ce, w_kl=teach.w_kl)
-        by_balance = F.load_balance_loss(scores, routing.active)
-        losses.append(
-            (1 - mix) * by_surprise
-            + mix * by_balance
-            + teach.w_diversity * F.diversity_loss(router.prototypes, eps=config.moe.cosine_eps)
-            + teach.w_simplicity * F.simplicity_loss(router.prototypes)
-        )
-    return teach.weight * torch.stack(losses).mean(), ()
+def _stacked(column: tuple[T, ...]) -> T:
+    return tree.unflatten(column[0], [torch.stack(row) for row in zip(*map(tree.leaves, column), strict=True)])

@@ -17,7 +17,8 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from onn import check
+from onn.config import read_text
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """What a JSON file can hold; NaN and the infinities are floats here and become null in a file."""
@@ -58,7 +60,10 @@ def decode(text: str) -> Json:
     def refuse(constant: str) -> Json:
         raise ValueError(f"{constant} is not JSON")
 
-    value: Json = json.loads(text, parse_constant=refuse)
+    try:
+        value: Json = json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     return value
 
 
@@ -91,7 +96,7 @@ def read_jsonl(path: Path) -> list[dict[str, Json]]:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
     records = []
-    for position, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for position, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
             value = decode(line)
         except ValueError as error:
@@ -111,9 +116,12 @@ def write_json(path: Path, value: Json) -> None:
 
 
 def number(record: Record, key: str) -> float | None:
-    """A finite number of a record, or None where it is missing, null, not finite or not a number."""
+    """A finite number of a record, or None where it is missing, null, not a number, or one that no float holds."""
     value = record.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def mutual_information(counts: Tensor) -> float:
@@ -134,7 +142,9 @@ def mutual_information(counts: Tensor) -> float:
     return max(0.0, float(rows + columns - joint))
 
 
-class _Panel(NamedTuple):
+class Panel(NamedTuple):
+    """One quantity of the records, drawn over the steps."""
+
     title: str
     ylabel: str
     key: str
@@ -147,21 +157,20 @@ class _Panel(NamedTuple):
     """Leave out the phase `dense`, and the highest fiftieth of the values, so that the end can be told apart."""
 
 
-_PANELS = (
-    _Panel("Training loss of every phase", "loss [nats per token]", "loss"),
-    _Panel("Training loss after the carve, close up", "loss [nats per token]", "loss", after_carve=True),
-    _Panel("Dead experts (no token chose them)", "experts", "dead_experts", from_zero=True),
-    _Panel("Entropy of the predictions, tau", "tau [nats per token]", "tau"),
-    _Panel("Loss over tau (above 1: too sure of itself)", "error / tau", "error_over_tau", reference=1.0),
-    _Panel("Predictive integrity, PI", "PI", "pi"),
-    _Panel("Mean surprise of the active experts", "gradient norm [nats]", "surprise"),
-    _Panel(
-        "Active experts per token", "experts", "active_per_token", ("target_active_per_token", "target"), None, True
-    ),
-    _Panel("Router names the least surprised expert", "share", "gate_accuracy", ("gate_chance", "chance"), None, True),
+PANELS = (
+    Panel("Training loss of every phase", "loss [nats per token]", "loss"),
+    Panel("Training loss after the carve, close up", "loss [nats per token]", "loss", after_carve=True),
+    Panel("Dead experts (no token chose them)", "experts", "dead_experts", from_zero=True),
+    Panel("Entropy of the predictions, tau", "tau [nats per token]", "tau"),
+    Panel("Loss over tau (above 1: too sure of itself)", "error / tau", "error_over_tau", reference=1.0),
+    Panel("Predictive integrity, PI", "PI", "pi"),
+    Panel("Mean surprise of the active experts", "gradient norm [nats]", "surprise"),
+    Panel("Active experts per token", "experts", "active_per_token", ("target_active_per_token", "target"), None, True),
+    Panel("Router names the least surprised expert", "share", "gate_accuracy", ("gate_chance", "chance"), None, True),
 )
 
-_Timeline: TypeAlias = "Mapping[str, Sequence[tuple[float, Record]]]"
+Timeline: TypeAlias = "Mapping[str, Sequence[tuple[float, Record]]]"
+"""The records of each phase with their places on the axis of steps."""
 
 
 def curves(records: Sequence[Record], path: Path) -> None:
@@ -170,18 +179,18 @@ def curves(records: Sequence[Record], path: Path) -> None:
     The phase `dense` comes first; the others begin together where it ends (the carve), whatever their steps count from.
     Null and NaN are left out; a quantity that no record holds leaves a panel that says so.
     """
-    timeline, carve = _timeline(records)
+    placed, carve = timeline(records)
     figure = Figure(figsize=(9.5, 12.5), layout="constrained")
     grid = figure.add_gridspec(5, 2, height_ratios=(1.3, 1, 1, 1, 1))
     overview = figure.add_subplot(grid[0, :])
-    if _curve(overview, _PANELS[0], timeline, carve):
+    if draw_panel(overview, PANELS[0], placed, carve):
         overview.legend(frameon=False, loc="upper right")
-    for position, panel in enumerate(_PANELS[1:]):
-        _curve(figure.add_subplot(grid[1 + position // 2, position % 2]), panel, timeline, carve)
+    for position, panel in enumerate(PANELS[1:]):
+        draw_panel(figure.add_subplot(grid[1 + position // 2, position % 2]), panel, placed, carve)
     _save(figure, path)
 
 
-def _timeline(records: Sequence[Record]) -> tuple[_Timeline, float | None]:
+def timeline(records: Sequence[Record]) -> tuple[Timeline, float | None]:
     """The records of each phase with their place on the common axis of steps, and the place of the carve."""
     phases: dict[str, list[tuple[float, Record]]] = {}
     for position, record in enumerate(records):
@@ -198,13 +207,13 @@ def _timeline(records: Sequence[Record]) -> tuple[_Timeline, float | None]:
     return ({"dense": dense} if dense else {}) | placed, start - 0.5 if dense and firsts else None
 
 
-def _curve(axes: Axes, panel: _Panel, timeline: _Timeline, carve: float | None) -> bool:
+def draw_panel(axes: Axes, panel: Panel, placed: Timeline, carve: float | None) -> bool:
     """Draw one panel; False when there was nothing to draw."""
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.set(xlabel="step", ylabel=panel.ylabel)
     axes.spines[["top", "right"]].set_visible(False)
-    shown = [phase for phase in timeline if not (panel.after_carve and phase == "dense")]
-    drawn = {phase: _plot(axes, timeline[phase], panel.key, *_phase_style(phase)) for phase in shown}
+    shown = [phase for phase in placed if not (panel.after_carve and phase == "dense")]
+    drawn = {phase: plot_means(axes, placed[phase], panel.key, *_phase_style(phase)) for phase in shown}
     values = [value for points in drawn.values() for value in points]
     if not values:
         axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color="0.4")
@@ -212,7 +221,7 @@ def _curve(axes: Axes, panel: _Panel, timeline: _Timeline, carve: float | None) 
         return False
     key, name = panel.against
     for phase in shown:
-        if _plot(axes, timeline[phase], key, name, "black", ":"):
+        if plot_means(axes, placed[phase], key, name, "black", ":"):
             axes.legend(handles=axes.lines[-1:], frameon=False)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="0.7", linewidth=1, zorder=0)
@@ -240,7 +249,7 @@ def _phase_style(phase: str) -> tuple[str, str, str]:
     return phase, "#009E73", "-."
 
 
-def _plot(
+def plot_means(
     axes: Axes, entries: Sequence[tuple[float, Record]], key: str, name: str, colour: str, style: str
 ) -> Sequence[float]:
     """Plot the finite values under `key` as a line of means in a band of extremes; return them."""
@@ -259,6 +268,11 @@ def _plot(
 
 
 def expert_by_domain(usage: Tensor, domains: Sequence[str], path: Path) -> None:
+    """Write `usage_figure` as a PNG."""
+    _save(usage_figure(usage, domains), path)
+
+
+def usage_figure(usage: Tensor, domains: Sequence[str]) -> Figure:
     """Draw, layer by layer, which experts the tokens of a domain choose more and less often than by uniform choice.
 
     `usage` [L, D, E] counts the pairs of a token and an expert that is active on it. A cell is `log2(E share)`, where
@@ -287,13 +301,13 @@ def expert_by_domain(usage: Tensor, domains: Sequence[str], path: Path) -> None:
         axes.set_xticks([])
         if layer >= L - wide:
             axes.set_xlabel(f"{E} experts, by the domain they favour", fontsize=8)
-    _ratio_bar(figure, image, "share / uniform share")
+    ratio_bar(figure, image, "share / uniform share")
     figure.suptitle(
         "Which experts each domain chooses (hatched: none of its tokens)\n"
         f"nats: mutual information of expert and domain, 0 if unrelated, at most {math.log(min(D, E)):.2f}",
         fontsize=11,
     )
-    _save(figure, path)
+    return figure
 
 
 def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
@@ -311,7 +325,7 @@ def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
     if per_layer:
         ratio = (values / values.nanmean(1, keepdim=True)).log2()
         image = _heat(axes, ratio.clamp(-3, 3), Normalize(-3, 3), "PuOr_r")
-        _ratio_bar(figure, image, "surprise / layer's mean")
+        ratio_bar(figure, image, "surprise / layer's mean")
     else:
         positive = values[values > 0].tolist() or [1.0]
         norm = LogNorm(min(positive), max(*positive, 2 * min(positive)))
@@ -325,14 +339,19 @@ def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
     _save(figure, path)
 
 
-def _heat(axes: Axes, values: Tensor, norm: Normalize, colours: str) -> AxesImage:
-    """A heat map that lets a hatched ground show through where values are NaN."""
+def hatched(axes: Axes, colours: str) -> Colormap:
+    """A colour map that lets a hatched ground show through where values are NaN."""
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="//////", linewidth=0)
-    colormap = matplotlib.colormaps[colours].with_extremes(bad=(1, 1, 1, 0))
+    return matplotlib.colormaps[colours].with_extremes(bad=(1, 1, 1, 0))
+
+
+def _heat(axes: Axes, values: Tensor, norm: Normalize, colours: str) -> AxesImage:
+    colormap = hatched(axes, colours)
     return axes.imshow(values.numpy(), colormap, norm, aspect="auto", interpolation="nearest")
 
 
-def _ratio_bar(figure: Figure, image: AxesImage, label: str) -> None:
+def ratio_bar(figure: Figure, image: ScalarMappable, label: str) -> None:
+    """A colour bar for logarithms to base 2 from -3 to 3, labelled with the ratios themselves."""
     bar = figure.colorbar(image, ax=figure.axes, extend="both", extendfrac=0.02, label=label, aspect=40)
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -10,9 +11,20 @@ from torch import Tensor
 
 from onn import check, tree
 from onn.functional.types import reduction_dtype
+from onn.region import Region, inline
 from onn.tree import Tree
 
 Params = TypeVar("Params", bound=Tree)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Of AdamW, all but the learning rate."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
 
 
 class AdamWState(NamedTuple, Generic[Params]):
@@ -78,36 +90,98 @@ def adamw(
     References:
         Loshchilov and Hutter, 1711.05101.
     """
-    rounding: list[Tensor | None] = [*tree.leaves(noise)] or [None] * len(tree.leaves(params))
-
-    def update(
-        p: Tensor, g: Tensor, steps: Tensor, mean: Tensor, square: Tensor, mask: Tensor, bits: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = g.to(mean.dtype)
-        step = steps + 1
-        moved_mean = torch.lerp(mean, wide, 1 - beta1)
-        moved_square = beta2 * square + (1 - beta2) * wide * wide
-        unbiased_mean = moved_mean / (1 - beta1 ** step.to(mean.dtype))
-        unbiased_square = moved_square / (1 - beta2 ** step.to(mean.dtype))
-        kept = p.to(mean.dtype) * (1 - lr * weight_decay) if p.ndim >= 2 else p.to(mean.dtype)
-        moved = narrow(kept - lr * unbiased_mean / (unbiased_square.sqrt() + eps), p.dtype, bits)
-        return (
-            torch.where(mask, moved, p),
-            torch.where(mask, step, steps),
-            torch.where(mask, moved_mean, mean),
-            torch.where(mask, moved_square, square),
-        )
-
+    bits: list[tuple[Tensor, ...]] = [(leaf,) for leaf in tree.leaves(noise)] or [()] * len(tree.leaves(params))
     columns = (params, grads, state.steps, state.mean, state.square, learns)
-    rows = zip(*(tree.leaves(column) for column in columns), rounding, strict=True)
-    new_params, steps, mean, square = zip(*(update(*row) for row in rows), strict=True)
-    new_state = AdamWState(
-        steps=tree.unflatten(params, steps), mean=tree.unflatten(params, mean), square=tree.unflatten(params, square)
+    rows = zip(*(tree.leaves(column) for column in columns), bits, strict=True)
+    scale = torch.ones((), device=lr.device)
+    rates = Rates(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    moved = [adamw_leaf(Entry(*row), lr=lr, scale=scale, rates=rates, region=inline) for row in rows]
+    new, steps, mean, square = (tree.unflatten(params, column) for column in zip(*moved, strict=True))
+    return new, AdamWState(steps=steps, mean=mean, square=square)
+
+
+class Entry(NamedTuple):
+    """One leaf and what AdamW remembers of it."""
+
+    param: Tensor
+    grad: Tensor
+    steps: Tensor
+    mean: Tensor
+    square: Tensor
+    learns: Tensor
+    """bool: a scalar, or one for each row of the first dimensions, in the shape [R, 1, ...]."""
+    bits: tuple[Tensor, ...]
+    """int16 for the rounding; empty for parameters that are not bfloat16."""
+
+
+def adamw_leaf(
+    entry: Entry, *, lr: Tensor, scale: Tensor, rates: Rates, region: Region
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`adamw` on one leaf, with its gradient times `scale`: the new parameter, steps, mean and square.
+
+    What is large is handed to `region` as matrices, so that one compiled function serves leaves of all shapes.
+
+    Raises:
+        ValueError: `learns` is not one for each row.
+    """
+    p, steps, learns = entry.param, entry.steps, entry.learns
+    rows = p.shape[: learns.ndim - learns.shape.count(1)] if learns.numel() > 1 else ()
+    check.require(
+        learns.numel() == math.prod(rows) and learns.shape == (*rows, *(1,) * (learns.ndim - len(rows))),
+        f"adamw: expected learns to be a scalar or one for each row of {list(p.shape)}, got {list(learns.shape)}.",
     )
-    return tree.unflatten(params, new_params), new_state
+
+    def matrix(part: Tensor) -> Tensor:
+        return part.reshape(learns.numel(), -1)
+
+    dtype, step = entry.mean.dtype, steps + 1
+    moved = region(_moved, kind="update")(
+        matrix(p),
+        matrix(entry.grad),
+        matrix(entry.mean),
+        matrix(entry.square),
+        matrix(learns),
+        matrix(1 - rates.beta1 ** step.to(dtype)),
+        matrix(1 - rates.beta2 ** step.to(dtype)),
+        tuple(map(matrix, entry.bits)),
+        lr,
+        scale,
+        (1 - lr * rates.weight_decay) if p.ndim >= 2 else torch.ones_like(lr),
+        rates=rates,
+    )
+    param, mean, square = (part.reshape(p.shape) for part in moved)
+    return param, torch.where(learns, step, steps), mean, square
 
 
-def narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None) -> Tensor:
+def _moved(
+    p: Tensor,
+    g: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    learns: Tensor,
+    mean_bias: Tensor,
+    square_bias: Tensor,
+    bits: tuple[Tensor, ...],
+    lr: Tensor,
+    scale: Tensor,
+    decay: Tensor,
+    *,
+    rates: Rates,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[R, C] each, learns and the biases [R, 1]: one pass over memory once it is compiled."""
+    wide = g.to(mean.dtype) * scale
+    moved_mean = torch.lerp(mean, wide, 1 - rates.beta1)
+    moved_square = rates.beta2 * square + (1 - rates.beta2) * wide * wide
+    root = (moved_square / square_bias).sqrt() + rates.eps
+    moved = narrow(p.to(mean.dtype) * decay - lr * (moved_mean / mean_bias) / root, p.dtype, *bits)
+    return (
+        torch.where(learns, moved, p),
+        torch.where(learns, moved_mean, mean),
+        torch.where(learns, moved_square, square),
+    )
+
+
+def narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
     """Round to `dtype`: stochastically to bfloat16, to the nearest otherwise.
 
     Raises:
@@ -146,6 +220,11 @@ def global_norm(grads: Tree) -> Tensor:
     return total
 
 
+def clip_scale(norm: Tensor, *, max_norm: float) -> Tensor:
+    """What to multiply gradients of a global norm with so that it is at most `max_norm`; 1 where the norm is NaN."""
+    return (max_norm / norm.clamp_min(max_norm)).nan_to_num(nan=1.0)
+
+
 def clip_by_global_norm(grads: Params, *, max_norm: float) -> tuple[Params, Tensor]:
     """Scale gradients down to a global norm of at most `max_norm`.
 
@@ -153,7 +232,7 @@ def clip_by_global_norm(grads: Params, *, max_norm: float) -> tuple[Params, Tens
         The gradients in their dtypes, and the norm before clipping.
     """
     norm = global_norm(grads)
-    scale = (max_norm / norm.clamp_min(max_norm)).nan_to_num(nan=1.0)
+    scale = clip_scale(norm, max_norm=max_norm)
     return tree.map1(lambda g: g * scale.to(g.dtype), grads), norm
 
 

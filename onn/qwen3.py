@@ -25,7 +25,8 @@ from onn import check
 from onn.functional.experts import Backend, bank
 from onn.functional.routing import Combine, Squash, cosine_affinity, threshold_route, top_k_route
 from onn.functional.types import Experts, Router, Routing
-from onn.tree import map1
+from onn.region import Region, inline
+from onn.tree import detach, map1
 
 Route = Literal["threshold", "top_k"]
 
@@ -39,6 +40,20 @@ class Modules(NamedTuple):
     attention: nn.Module
     norm: nn.Module
     rotary: nn.Module
+
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+LARGEST_SIZE = 2**22
+MOST_LAYERS = 1024
+"""Larger ones are a damaged file; what they describe would not fit any machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +75,12 @@ class Qwen3Config:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no Qwen3 can have."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-            check.at_least("Qwen3Config", name, getattr(self, name), 1)
+        for name in _SIZES:
+            check.between("Qwen3Config", name, getattr(self, name), 1, LARGEST_SIZE)
+        check.between("Qwen3Config", "num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
+        check.between("Qwen3Config", "initializer_range", self.initializer_range, 0, 1e3)
+        for name in ("rope_theta", "rms_norm_eps"):
+            check.positive("Qwen3Config", name, getattr(self, name))
         check.require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"Qwen3Config: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -173,7 +192,7 @@ class Model(NamedTuple):
 
 
 class Carved(NamedTuple):
-    """What a carved layer saw and decided."""
+    """What a carved layer saw and decided; constants in what `forward` returns."""
 
     x: Tensor
     """[T, H]: the input of the router and the bank."""
@@ -290,6 +309,62 @@ def moe_forward(moe: Moe, x: Tensor, taps: Mapping[str, Tensor], *, config: MoeC
     return y, Carved(x=x, affinity=affinity, routing=routing)
 
 
+def layer_forward(
+    layer: Layer,
+    x_BSH: Tensor,
+    positions: tuple[Tensor, Tensor],
+    taps: Mapping[str, Tensor],
+    *,
+    config: Qwen3Config,
+    moe: MoeConfig | None,
+) -> tuple[Tensor, tuple[Carved, ...]]:
+    """One transformer layer on `x` [B, S, H]; beside its output what a carved layer saw and decided, detached.
+
+    Raises:
+        ValueError: a carved layer without `moe`.
+    """
+    normed = apply_norm(layer.input_norm, x_BSH, config)
+    x_BSH = x_BSH + apply_attention(layer.attention, normed, positions, config)
+    normed = apply_norm(layer.post_attention_norm, x_BSH, config)
+    if isinstance(layer.mlp, Mlp):
+        return x_BSH + mlp_forward(layer.mlp, normed), ()
+    if moe is None:
+        raise ValueError("forward: the model has carved layers, expected moe=MoeConfig(...).")
+    y_TH, seen = moe_forward(layer.mlp, normed.flatten(0, 1), taps, config=moe)
+    return x_BSH + y_TH.unflatten(0, x_BSH.shape[:2]), (detach(seen),)
+
+
+def hidden_states(
+    model: Model,
+    tokens: Tensor,
+    taps: tuple[Mapping[str, Tensor], ...],
+    *,
+    config: Qwen3Config,
+    moe: MoeConfig | None,
+    region: Region,
+) -> tuple[Tensor, tuple[Carved, ...]]:
+    """What the last layer gives [B, S, H], and what each carved layer decided; see `forward`."""
+    carved_layers = sum(isinstance(layer.mlp, Moe) for layer in model.layers)
+    check.require(
+        len(taps) == carved_layers,
+        f"forward: expected one mapping of taps for each of {carved_layers} carved layers, got {len(taps)}.",
+    )
+    x_BSH = embedding(tokens, model.embedding)
+    positions = rotary_positions(x_BSH, config)
+    apply = region(layer_forward, kind="layer")
+    carved: tuple[Carved, ...] = ()
+    for layer in model.layers:
+        own = taps[len(carved)] if isinstance(layer.mlp, Moe) else {}
+        x_BSH, seen = apply(layer, x_BSH, positions, own, config=config, moe=moe)
+        carved += seen
+    return x_BSH, carved
+
+
+def readout(norm: Tensor, head: Tensor, x_BSH: Tensor, *, config: Qwen3Config) -> Tensor:
+    """The logits [B, S, V] of what the last layer gave."""
+    return linear(apply_norm(norm, x_BSH, config), head)
+
+
 def forward(
     model: Model,
     tokens: Tensor,
@@ -297,6 +372,7 @@ def forward(
     *,
     config: Qwen3Config,
     moe: MoeConfig | None,
+    region: Region = inline,
 ) -> Output:
     """Logits of every position, causal; what each carved layer decided beside them.
 
@@ -307,29 +383,15 @@ def forward(
             nothing. A dense model takes `()`.
         config: architecture.
         moe: routing of the carved layers; `None` for a dense model.
+        region: how each layer is carried out.
 
     Raises:
         ValueError: a carved layer without `moe`, or another number of taps than carved layers.
     """
-    carved_layers = [layer for layer in model.layers if isinstance(layer.mlp, Moe)]
-    check.require(
-        len(taps) == len(carved_layers),
-        f"forward: expected one mapping of taps for each of {len(carved_layers)} carved layers, got {len(taps)}.",
-    )
-    x_BSH = embedding(tokens, model.embedding)
-    positions = rotary_positions(x_BSH, config)
-    carved: list[Carved] = []
-    for layer in model.layers:
-        normed = apply_norm(layer.input_norm, x_BSH, config)
-        x_BSH = x_BSH + apply_attention(layer.attention, normed, positions, config)
-        normed = apply_norm(layer.post_attention_norm, x_BSH, config)
-        if isinstance(layer.mlp, Mlp):
-            x_BSH = x_BSH + mlp_forward(layer.mlp, normed)
-        else:
-            check.require(moe is not None, "forward: the model has carved layers, expected moe=MoeConfig(...).")
-            assert moe is not None
-            y_TH, seen = moe_forward(layer.mlp, normed.flatten(0, 1), taps[len(carved)], config=moe)
-            carved.append(seen)
-            x_BSH = x_BSH + y_TH.unflatten(0, tokens.shape)
-    hidden = apply_norm(model.norm, x_BSH, config)
-    return Output(logits=linear(hidden, model.head[0] if model.head else model.embedding), carved=tuple(carved))
+    x_BSH, carved = hidden_states(model, tokens, taps, config=config, moe=moe, region=region)
+    return Output(logits=readout(model.norm, output_weight(model), x_BSH, config=config), carved=carved)
+
+
+def output_weight(model: Model) -> Tensor:
+    """The head [V, H], which is the embedding where the two are tied."""
+    return model.head[0] if model.head else model.embedding

@@ -17,10 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onn import check, tree
+from onn.config import parse_json
 from onn.tree import T, Tree
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 """Of tensors, by name."""
+
+
+DTYPES = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F32", "F64"})
+"""What is read, as safetensors spells it: formats that have arithmetic."""
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 class Stored(NamedTuple):
@@ -46,7 +52,7 @@ class _Reader(Protocol):
 
 @contextmanager
 def _open(path: Path) -> Iterator[_Reader]:
-    check.require(path.is_file(), f"{path}: no such file.")
+    check.require(os.path.isfile(path), f"{path}: no such file.")
     try:
         with safe_open(path, framework="pt") as reader:
             yield cast("_Reader", reader)
@@ -58,16 +64,26 @@ def headers(files: Sequence[Path]) -> dict[str, Stored]:
     """Every tensor of some files, by name.
 
     Raises:
-        ValueError: a file does not exist or is not a whole safetensors file, or two files hold the same name.
+        ValueError: a file does not exist or is not a whole safetensors file, or a name comes twice, in one file or two.
     """
     stored: dict[str, Stored] = {}
     for file in files:
         with _open(file) as reader:
+            _refuse_repeated_names(file)
             for name in reader.keys():  # noqa: SIM118
-                check.require(name not in stored, f"{file}: another file holds {name} as well.")
+                check.require(name not in stored, f"{file}: another file holds {check.shown(name)} as well.")
                 view = reader.get_slice(name)
-                stored[name] = Stored(file=file, name=name, shape=view.get_shape(), dtype=view.get_dtype())
+                dtype = view.get_dtype()
+                check.require(dtype in DTYPES, f"{file}: {check.shown(name)}: dtype {dtype} is not supported.")
+                stored[name] = Stored(file=file, name=name, shape=view.get_shape(), dtype=dtype)
     return stored
+
+
+def _refuse_repeated_names(file: Path) -> None:
+    """The reader takes the last of two entries of one name; such a file was not written by anybody in good faith."""
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    parse_json(header.decode(errors="replace"), where=str(file))
 
 
 def check_shapes(where: str, found: Shapes, expected: Shapes) -> None:
@@ -80,7 +96,8 @@ def check_shapes(where: str, found: Shapes, expected: Shapes) -> None:
             f"{where}: {name}: expected shape {list(shape)}, found {list(found[name])}.",
         )
     for name in unknown:
-        raise ValueError(f"{where}: {name} {list(found[name])} is not expected.")
+        shown = name if name.isprintable() and len(name) <= 200 else check.shown(name)
+        raise ValueError(f"{where}: {shown} {list(found[name])} is not expected.")
 
 
 def shapes(stored: Mapping[str, Stored]) -> Shapes:
@@ -110,6 +127,7 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 
     Raises:
         ValueError: a key or value of `metadata` is not a string, or the folder does not exist.
+        OSError: the disk is full, or the folder cannot be written.
     """
     for item in metadata.items():
         check.require(
@@ -122,11 +140,25 @@ def write(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
     try:
         save_file(_apart(tensors), partial, metadata=dict(metadata))
         partial.chmod(mode)
-        _flush(partial)
+        flush(partial)
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8, line ends as they are), whole or not at all, as `write` does."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_bytes(text.encode())
+        flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +173,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return apart
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -170,14 +203,21 @@ def restore(path: Path, *, like: T) -> T:
 
     Args:
         path: the file.
-        like: names and shapes, such as `carve.carve(qwen3.abstract(config), num_experts=E)`; its values and dtypes do
-            not matter, and `meta` will do.
+        like: names and shapes, such as `carve.carve(qwen3.abstract(config), num_experts=E)`; of its dtypes it matters
+            which are floating, and `meta` will do.
 
     Raises:
-        ValueError: not a whole safetensors file, or a tensor is missing, not expected, or of another shape.
+        ValueError: not a whole safetensors file, or a tensor is missing, not expected, of another shape, or an integer
+            where a number with a fraction belongs, or the other way round.
     """
     stored, names = headers([path]), tree.paths(like)
     check_shapes(
         str(path), shapes(stored), {name: leaf.shape for name, leaf in zip(names, tree.leaves(like), strict=True)}
     )
+    for name, leaf in zip(names, tree.leaves(like), strict=True):
+        dtype = stored[name].dtype
+        check.require(
+            (dtype in FLOATS) == leaf.is_floating_point(),
+            f"{path}: {name}: expected {leaf.dtype}, found dtype {dtype}.",
+        )
     return tree.unflatten(like, [read(stored[name]) for name in names])

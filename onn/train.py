@@ -15,6 +15,7 @@ import onn.functional as F
 from onn import optim, tree
 from onn.data import Batch
 from onn.functional.transform import Taps
+from onn.lessons import router_lesson
 from onn.objective import (
     Measured,
     MoeTraining,
@@ -23,7 +24,6 @@ from onn.objective import (
     StepConfig,
     carved_layers,
     language_loss,
-    router_objective,
     scaled_surprise,
     soft_targets,
     sparse_metrics,
@@ -31,6 +31,7 @@ from onn.objective import (
     zero_taps,
 )
 from onn.qwen3 import Carved, Model, Moe
+from onn.region import Region, inline
 
 _PIECE = 2**24
 """Entries of a parameter that are updated at a time, so that temporaries stay small beside the largest one."""
@@ -74,14 +75,35 @@ def _with_mlps(model: Model, mlps: list[Moe]) -> Model:
     )
 
 
-def _learns(grads: Model) -> Model:
-    """Which entries take part in a step: an expert without any gradient, masked or idle, does not."""
-    everything = tree.map1(lambda leaf: torch.ones((), dtype=torch.bool, device=leaf.device), grads)
-    masks = []
-    for mlp, ones in zip(carved_layers(grads), carved_layers(everything), strict=True):
-        learns = (F.expert_norms(mlp.experts) != 0)[:, None, None]
-        masks.append(Moe(experts=F.Experts(learns, learns, learns), router=ones.router))
-    return _with_mlps(everything, masks)
+def _norms(grads: Model) -> Model:
+    """The norm of every gradient, in the shapes of `_grain`: those of the experts one by one."""
+
+    def norm(g: Tensor, grain: Tensor) -> Tensor:
+        dims = tuple(range(1, g.ndim)) if grain.ndim else None
+        found: Tensor = torch.linalg.vector_norm(g, dim=dims, dtype=F.reduction_dtype(g.dtype), keepdim=grain.ndim > 0)
+        return found
+
+    return tree.map2(norm, grads, _grain(grads))
+
+
+def _grain(model: Model) -> Model:
+    """Zeros that say how finely entries may skip a step: [E, 1, 1] for the matrices of a bank, else a scalar."""
+    scalars = tree.map1(lambda leaf: torch.zeros((), dtype=torch.int64, device=leaf.device), model)
+    mlps = [
+        Moe(experts=tree.map1(lambda g: torch.zeros_like(g[:, :1, :1], dtype=torch.int64), own.experts), router=router)
+        for own, router in zip(carved_layers(model), (layer.router for layer in carved_layers(scalars)), strict=True)
+    ]
+    return _with_mlps(scalars, mlps)
+
+
+def _learns(norms: Model, finite: Tensor) -> Model:
+    """Which entries take part in a step: where all is finite everything but experts without any gradient."""
+    mlps = []
+    for mlp in carved_layers(norms):
+        learns = finite & torch.stack([norm != 0 for norm in mlp.experts]).any(dim=0)
+        router = tree.map1(lambda _: finite, mlp.router)
+        mlps.append(Moe(experts=F.Experts(learns, learns, learns), router=router))
+    return _with_mlps(tree.map1(lambda _: finite, norms), mlps)
 
 
 def init_state(model: Model) -> State:
@@ -93,7 +115,7 @@ def init_state(model: Model) -> State:
 
     return State(
         model=model,
-        optimizer=optim.adamw_init(model, _learns(model)),
+        optimizer=optim.adamw_init(model, _grain(model)),
         usage=tuple(F.Usage(routed=counts(layer), active=counts(layer)) for layer in layers),
         lifetime=tuple(counts(layer) for layer in layers),
         step=torch.zeros((), dtype=torch.int64, device=model.norm.device),
@@ -101,7 +123,12 @@ def init_state(model: Model) -> State:
 
 
 def step(
-    state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig, teacher: Model | tuple[()] = ()
+    state: State,
+    batch: Batch,
+    noise: Model | tuple[()],
+    config: StepConfig,
+    teacher: Model | tuple[()] = (),
+    region: Region = inline,
 ) -> tuple[State, Metrics]:
     """One training step, pure: the same arguments give the same bits.
 
@@ -117,6 +144,7 @@ def step(
             bfloat16.
         config: static.
         teacher: the dense model that the experts were carved from, where `distill` has weight; not asked otherwise.
+        region: how the parts of the step are carried out; the numbers are the same.
 
     Returns:
         The next state and the figures of this step.
@@ -125,10 +153,10 @@ def step(
     passed = config
     if sparse is not None and sparse.granularity != "token":
         passed = replace(config, sparse=replace(sparse, moe=replace(sparse.moe, min_k=sparse.moe.num_experts)))
-    soft = soft_targets(teacher, batch, config=config)
+    soft = soft_targets(teacher, batch, config=config, region=region)
 
     def loss(model: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
-        return language_loss(model, inputs, taps, soft, config=passed)
+        return language_loss(model, inputs, taps, soft, config=passed, region=region)
 
     names: tuple[F.TapName, ...] = ("surprise",)
     if sparse is not None and sparse.router.target == "counterfactual":
@@ -142,22 +170,23 @@ def step(
     if sparse is not None:
         surprise = scaled_surprise(surprise, batch)
         share = target_share(state.step, config=sparse.density)
-        metrics = sparse_metrics(seen.error, seen, surprise, share, config=config.integrity)
-        grads = _sparse_gradients(state.model, grads, seen.carved, surprise, metrics.pi, config=sparse)
-    grads, norm = optim.clip_by_global_norm(grads, max_norm=config.optim.clip_norm)
+        metrics = sparse_metrics(seen.error, seen, surprise, share, config=config.integrity, region=region)
+        grads = _sparse_gradients(state.model, grads, seen.carved, surprise, metrics.pi, config=sparse, region=region)
+    norms = _norms(grads)
+    norm = optim.global_norm(norms)
     finite = torch.isfinite(total) & torch.isfinite(norm)
-    learns = tree.map1(lambda mask: mask & finite, _learns(grads))
+    learns = _learns(norms, finite)
     usage, lifetime, counter = state.usage, state.lifetime, state.step
     columns = [tree.leaves(part) for part in (state.model, grads, *state.optimizer, learns, noise)]
     del state, grads, noise
-    model, optimizer = _updated(columns, learns, lr, config=config.optim)
+    scale = optim.clip_scale(norm, max_norm=config.optim.clip_norm)
+    model, optimizer = _updated(columns, learns, lr, scale, config=config.optim, region=region)
     if sparse is not None and isinstance(metrics, SparseMetrics):
         model = _controlled(model, seen.carved, metrics.target_share, finite, config=sparse)
-        counts = [F.Usage(*row) for row in zip(*metrics.usage, strict=True)]
-        usage = tuple(
-            F.Usage(*(a + b for a, b in zip(old, new, strict=True))) for old, new in zip(usage, counts, strict=True)
-        )
-        lifetime = tuple(old + new.active for old, new in zip(lifetime, counts, strict=True))
+        counts = tree.map1(lambda new: torch.where(finite, new, 0), metrics.usage)
+        layers = [F.Usage(*row) for row in zip(*counts, strict=True)]
+        usage = tuple(tree.map2(torch.add, old, new) for old, new in zip(usage, layers, strict=True))
+        lifetime = tuple(old + new.active for old, new in zip(lifetime, layers, strict=True))
     return (
         State(model=model, optimizer=optimizer, usage=usage, lifetime=lifetime, step=counter + 1),
         Metrics(
@@ -174,19 +203,25 @@ def step(
 
 
 def _sparse_gradients(
-    model: Model, grads: Model, seen: tuple[Carved, ...], surprise: Taps, pi: Tensor, *, config: MoeTraining
+    model: Model,
+    grads: Model,
+    seen: tuple[Carved, ...],
+    surprise: Taps,
+    pi: Tensor,
+    *,
+    config: MoeTraining,
+    region: Region,
 ) -> Model:
     """The gradients with SMK by batch applied to the experts, and the routers' own objective added."""
     mix = F.adaptive_mix(pi, sensitivity=config.router.sensitivity, threshold=config.router.pi_threshold)
-    objective = tree.value_and_grad(router_objective, engine="func")
-    routers = tuple(layer.router for layer in carved_layers(model))
-    _, taught = objective(routers, seen, surprise, mix, config=config)
+    teach = region(router_lesson, kind="lesson")
     mlps = []
-    for layer, lesson in zip(carved_layers(grads), taught, strict=True):
+    for layer, moe, was, taps in zip(carved_layers(grads), carved_layers(model), seen, surprise, strict=True):
         experts = layer.experts
         if config.granularity == "batch":
             experts = F.select_min_k(experts, min_k=config.moe.min_k)
-        mlps.append(Moe(experts=experts, router=tree.map2(torch.add, layer.router, lesson)))
+        lesson = teach(moe.router, was, taps, mix, config=config)
+        mlps.append(Moe(experts=experts, router=tree.map2(lambda g, own: g + own / len(seen), layer.router, lesson)))
     return _with_mlps(grads, mlps)
 
 
@@ -208,62 +243,50 @@ def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: T
 
 
 def _updated(
-    columns: list[list[Tensor]], like: Model, lr: Tensor, *, config: OptimConfig
+    columns: list[list[Tensor]], like: Model, lr: Tensor, scale: Tensor, *, config: OptimConfig, region: Region
 ) -> tuple[Model, optim.AdamWState[Model]]:
-    """`optim.adamw` by groups of leaves; the columns lose each leaf as soon as it is replaced.
+    """`optim.adamw` leaf by leaf; the columns lose each leaf as soon as it is replaced.
 
     They are parameters, gradients, steps, mean, square, learns and noise, the last of which may be empty. The embedding
     comes last, when the gradients of all others are gone, and in pieces where it is large: the temporaries of a whole
     one are several times its own size.
     """
+    rates = optim.Rates(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
     done: tuple[list[Tensor], ...] = ([], [], [], [])
     while columns[0]:
-        size = _group(columns[0])
-        pieces = len(columns[0][-1].chunk(max(1, columns[0][-1].numel() // _PIECE))) if size == 1 else 1
-        cut = (_cut([column.pop() for _ in range(min(size, len(column)))], pieces) for column in columns)
-        params, grads, steps, mean, square, learns, noise = cut
-        moved, state = optim.adamw(
-            params,
-            grads,
-            optim.AdamWState(steps=steps, mean=mean, square=square),
-            learns,
-            noise,
-            lr=lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-        results = [*reversed(state), moved]
-        del params, grads, steps, mean, square, learns, noise, moved, state
-        for column in done:
-            column.extend(_joined(results.pop(), pieces))
+        pieces = _pieces(columns[0][-1])
+        cut = [_cut(column.pop(), pieces) for column in columns if column]
+        results = [
+            optim.adamw_leaf(
+                optim.Entry(p, g, steps, mean, square, learns, tuple(bits)),
+                lr=lr,
+                scale=scale,
+                rates=rates,
+                region=region,
+            )
+            for p, g, steps, mean, square, learns, *bits in zip(*cut, strict=True)
+        ]
+        del cut
+        parts = list(zip(*results, strict=True))
+        del results
+        for column in reversed(done):
+            column.append(_joined(parts.pop()))
     model, *moments = (tree.unflatten(like, column[::-1]) for column in done)
     return model, optim.AdamWState(*moments)
 
 
-def _group(leaves: list[Tensor]) -> int:
-    """How many of the last leaves have `_PIECE` entries together: at least one."""
-    total, size = 0, 0
-    for leaf in reversed(leaves):
-        total += leaf.numel()
-        if total > _PIECE:
-            break
-        size += 1
-    return max(size, 1)
+def _pieces(leaf: Tensor) -> int:
+    """How many to cut a leaf into: along its first dimension, of `_PIECE` entries or more."""
+    wanted = leaf.numel() // _PIECE
+    return len(leaf.chunk(wanted)) if wanted > 1 and leaf.ndim else 1
 
 
-def _cut(leaves: list[Tensor], pieces: int) -> tuple[Tensor, ...]:
-    if pieces == 1 or not leaves:
-        return tuple(leaves)
-    (leaf,) = leaves
+def _cut(leaf: Tensor, pieces: int) -> tuple[Tensor, ...]:
     return leaf.chunk(pieces) if leaf.ndim else (leaf,) * pieces
 
 
-def _joined(parts: tuple[Tensor, ...], pieces: int) -> tuple[Tensor, ...]:
-    if pieces == 1:
-        return parts
-    return (torch.cat(parts) if parts[0].ndim else parts[0],)
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 or not parts[0].ndim else torch.cat(parts)
 
 
 def _forget(layer: Moe, plan: F.Heirs) -> Moe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Concatenate, Generic, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 import optree
 import torch
@@ -19,6 +19,14 @@ Engine = Literal["autograd", "func"]
 T = TypeVar("T", bound=Tree)
 Aux = TypeVar("Aux", bound=Tree)
 P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class _Untyped(Protocol[R_co]):
+    """A function whose arguments have lost their names."""
+
+    def __call__(self, *args: Tree, **kwargs: object) -> R_co: ...
 
 
 def leaves(tree: Tree) -> list[Tensor]:
@@ -51,6 +59,34 @@ def map1(function: Callable[[Tensor], Tensor], tree: T) -> T:
 def map2(function: Callable[[Tensor, Tensor], Tensor], first: T, second: Tree) -> T:
     """Apply `function` to the pairs of leaves of two trees of the same structure."""
     return cast("T", optree.tree_map(function, first, second))  # type: ignore[arg-type]
+
+
+class Flat(Generic[R]):
+    """One call of a function of trees as a function of tensors."""
+
+    def __init__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Trees by position, constants by keyword."""
+        self._function = cast("_Untyped[Tree]", function)
+        self._args = map1(_shell, cast("tuple[Tree, ...]", args))
+        self._kwargs = cast("Mapping[str, object]", kwargs)
+        self._result: Tree = ()
+        self.inputs = leaves(cast("tuple[Tree, ...]", args))
+        """The tensors of the arguments."""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The tensors of the result."""
+        result = self._function(*unflatten(self._args, inputs), **self._kwargs)
+        self._result = map1(_shell, result)
+        return tuple(leaves(result))
+
+    def result(self, outputs: Sequence[Tensor]) -> R:
+        """The result of the last call, with these tensors."""
+        return cast("R", unflatten(self._result, outputs))
+
+
+def _shell(leaf: Tensor) -> Tensor:
+    """Something in the place of a leaf that holds no memory."""
+    return leaf.new_empty(0)
 
 
 def detach(tree: T) -> T:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import shlex
 import tomllib
@@ -15,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
 from onn import check, qwen3, storage, tree
-from onn.config import Value, from_dict
+from onn.config import Value, from_dict, parse_json, read_text
 from onn.qwen3 import Model, Qwen3Config
 from onn.storage import Shapes
 from onn.storage import restore as restore
@@ -61,8 +60,6 @@ _SUPPORTED: Mapping[str, object] = MappingProxyType(
 _MISSING = "missing"
 _STORED_DTYPES = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32": "F32"})
 
-Facts = TypeVar("Facts")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class File:
@@ -78,7 +75,7 @@ class File:
             check.at_least("File", "bytes", self.bytes, 1)
         check.require(
             re.fullmatch("[0-9a-f]{64}", self.sha256) is not None,
-            f"File: expected 64 lower-case hexadecimal digits, got sha256={self.sha256!r}.",
+            f"File: expected 64 lower-case hexadecimal digits, got sha256={check.shown(self.sha256)}.",
         )
 
 
@@ -100,12 +97,12 @@ class Checkpoint:
         """Refuse facts that cannot be those of one checkpoint."""
         for name, form in (("repository", r"[\w.-]+/[\w.-]+"), ("revision", "[0-9a-f]{40}")):
             value = getattr(self, name)
-            check.require(re.fullmatch(form, value) is not None, f"Checkpoint: malformed {name}={value!r}.")
+            check.require(re.fullmatch(form, value) is not None, f"Checkpoint: malformed {name}={check.shown(value)}.")
         needed = len(_hub_shapes(self.architecture))
         copied = self.architecture.tie_word_embeddings and self.tensors == needed + 1
         check.require(
             self.tensors == needed or copied,
-            f"Checkpoint: expected tensors={needed} of this architecture, got {self.tensors}.",
+            f"Checkpoint: expected tensors={needed} of this architecture, got {check.shown(self.tensors)}.",
         )
 
     @property
@@ -131,40 +128,39 @@ def read_manifest(path: Path, name: str) -> Manifest:
         ValueError: no such file or model, or a value unknown, missing, malformed or of another type; the message names
             the file, the model and the key.
     """
-    check.require(path.is_file(), f"{path}: no such file.")
+    text = read_text(path)
     try:
-        models = cast("dict[str, Value]", tomllib.loads(path.read_text(encoding="utf-8")))
+        models = cast("dict[str, Value]", tomllib.loads(text))
     except ValueError as error:
         raise ValueError(f"{path}: not TOML: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: not TOML: nested too deeply.") from error
     check.one_of(str(path), "model", name, models)
     where = f"{path}: {name}"
     values = dict(_table(models[name], where))
     check.require("files" in values, f"{where}: missing 'files'.")
     files = _table(values.pop("files"), f"{where}: files")
     for file in files:
-        check.require(Path(file).name == file, f"{where}: files: expected plain names, got {file!r}.")
+        check.require(_plain(file), f"{where}: files: expected plain names, got {check.shown(file)}.")
     return Manifest(
         name=name,
-        checkpoint=_facts(Checkpoint, values, where),
+        checkpoint=from_dict(Checkpoint, values, where=where),
         files={
-            file: _facts(File, {"bytes": None, **_table(facts, f"{where}: {file}")}, f"{where}: {file}")
+            file: from_dict(File, {"bytes": None, **_table(facts, f"{where}: {file}")}, where=f"{where}: {file}")
             for file, facts in files.items()
         },
     )
 
 
+def _plain(name: object) -> bool:
+    """Whether this is the name of a file in a folder, and nothing but that."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,254}", name) is not None
+
+
 def _table(value: Value, where: str) -> Mapping[str, Value]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a table, got {value!r}.")
+        raise ValueError(f"{where}: expected a table, got {check.shown(value)}.")
     return value
-
-
-def _facts(kind: type[Facts], values: Mapping[str, Value], where: str) -> Facts:
-    """`from_dict`, where errors of the dataclass itself say `where` as well."""
-    try:
-        return from_dict(kind, values, where=where)
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
 
 
 def fetch_command(manifest: Manifest, folder: Path, *, force: bool) -> str:
@@ -264,13 +260,15 @@ def read_config(path: Path) -> Qwen3Config:
     """
     values = _json(path)
     for key, identity in (("model_type", "qwen3"), ("architectures", [_ARCHITECTURE])):
-        check.require(values.get(key) == identity, f"{path}: expected {key}={identity!r}, found {values.get(key)!r}.")
+        check.require(
+            values.get(key) == identity, f"{path}: expected {key}={identity!r}, found {check.shown(values.get(key))}."
+        )
     known = {field.name for field in dataclasses.fields(Qwen3Config)}
     chosen = {key: value for key, value in values.items() if key in known} | _rope_theta(values, path)
-    config = _facts(Qwen3Config, cast("Mapping[str, Value]", chosen), str(path))
+    config = from_dict(Qwen3Config, cast("Mapping[str, Value]", chosen), where=str(path))
     for key, supported in {**_SUPPORTED, "layer_types": ["full_attention"] * config.num_hidden_layers}.items():
         found = values.get(key, supported)
-        check.require(found == supported, f"{path}: only {key}={supported!r} is supported, found {found!r}.")
+        check.require(found == supported, f"{path}: only {key}={supported!r} is supported, found {check.shown(found)}.")
     return config
 
 
@@ -279,7 +277,8 @@ def _rope_theta(values: Mapping[str, object], path: Path) -> dict[str, object]:
     if parameters is None:
         return {}
     check.require(
-        isinstance(parameters, dict), f"{path}: expected rope_parameters to be an object, got {parameters!r}."
+        isinstance(parameters, dict),
+        f"{path}: expected rope_parameters to be an object, got {check.shown(parameters)}.",
     )
     assert isinstance(parameters, dict)
     theta = parameters.get("rope_theta")
@@ -293,13 +292,9 @@ def _rope_theta(values: Mapping[str, object], path: Path) -> dict[str, object]:
 
 
 def _json(path: Path) -> dict[str, object]:
-    check.require(path.is_file(), f"{path}: no such file.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}.") from error
+    values = parse_json(read_text(path), where=str(path))
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {values!r}.")
+        raise ValueError(f"{path}: expected a JSON object, found {check.shown(values)}.")
     return values
 
 
@@ -336,12 +331,18 @@ def load(folder: Path, *, config: Qwen3Config) -> Model:
         config: `read_config` of the same folder.
 
     Raises:
-        ValueError: a file is missing or broken, a tensor missing, not expected or of another shape, the head another.
+        ValueError: a file is missing or broken, a tensor missing, not expected, of another shape or dtype than the
+            others or not floating, the head another than the embedding.
     """
     stored, needed = storage.headers(_model_files(folder)), _hub_shapes(config)
     copied = config.tie_word_embeddings and _HEAD in stored
     storage.check_shapes(
         str(folder), storage.shapes(stored), {**needed, _HEAD: needed[_EMBEDDING]} if copied else needed
+    )
+    dtypes = {tensor.dtype: f"{tensor.dtype} ({name})" for name, tensor in stored.items()}
+    check.require(
+        len(dtypes) == 1 and dtypes.keys() <= storage.FLOATS,
+        f"{folder}: expected tensors of one floating dtype, found {', '.join(dtypes.values())}.",
     )
     check.require(
         not copied or storage.same_bits(stored[_HEAD], stored[_EMBEDDING]),
@@ -355,12 +356,12 @@ def _model_files(folder: Path) -> list[Path]:
     if (folder / MODEL_FILE).is_file() or not index.is_file():
         return [folder / MODEL_FILE]
     weight_map = _json(index).get("weight_map")
-    check.require(isinstance(weight_map, dict), f"{index}: expected an object weight_map, found {weight_map!r}.")
+    check.require(
+        isinstance(weight_map, dict), f"{index}: expected an object weight_map, found {check.shown(weight_map)}."
+    )
     assert isinstance(weight_map, dict)
     for name in weight_map.values():
-        check.require(
-            isinstance(name, str) and Path(name).name == name, f"{index}: expected plain file names, found {name!r}."
-        )
+        check.require(_plain(name), f"{index}: expected plain file names, found {check.shown(name)}.")
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onn.functional as F
-from onn.tree import Engine, Tree, grad, leaves, map1, paths, value_and_grad
+from onn.tree import Engine, T, Tree, grad, leaves, map1, paths, unflatten, value_and_grad
 
 
 def tolerance(dtype: torch.dtype, *, terms: int, slack: float = 8.0) -> float:
@@ -123,15 +123,29 @@ def inputs_of(case: Case, taps: tuple[F.TapName, ...] = ()) -> Inputs:
     return Inputs(experts=case.experts, x=case.x, weights=case.weights, taps=zeros)
 
 
-def project(inputs: Inputs, dy: Tensor, *, min_k: int) -> tuple[Tensor, Tensor]:
+def project(
+    inputs: Inputs, dy: Tensor, *, min_k: int, backend: F.Backend | F.Tiling = "dense"
+) -> tuple[Tensor, Tensor]:
     """A scalar whose gradient with respect to the bank's output is `dy`, and that output."""
-    y = F.bank(inputs.experts, inputs.x, inputs.weights, inputs.taps, min_k=min_k, backend="dense")
+    y = F.bank(inputs.experts, inputs.x, inputs.weights, inputs.taps, min_k=min_k, backend=backend)
     return (y * dy).sum(), y
 
 
-def differentiate(case: Case, *, min_k: int, taps: tuple[F.TapName, ...] = (), engine: Engine = "autograd") -> Inputs:
+def differentiate(
+    case: Case,
+    *,
+    min_k: int,
+    taps: tuple[F.TapName, ...] = (),
+    engine: Engine = "autograd",
+    backend: F.Backend | F.Tiling = "dense",
+) -> Inputs:
     """The gradient that `bank` gives to everything, when its output has the gradient `case.dy`."""
-    return value_and_grad(project, engine=engine)(inputs_of(case, taps), case.dy, min_k=min_k)[1]
+    return value_and_grad(project, engine=engine)(inputs_of(case, taps), case.dy, min_k=min_k, backend=backend)[1]
+
+
+def stacked(models: Sequence[T]) -> T:
+    """An ensemble: the trees of its members, leaf by leaf."""
+    return unflatten(models[0], [torch.stack(column) for column in zip(*map(leaves, models), strict=True)])
 
 
 def untied(experts: F.Experts, *, tokens: int) -> F.Experts:

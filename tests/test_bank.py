@@ -279,8 +279,8 @@ def test_zero_taps_are_zeros_in_the_dtype_of_reductions() -> None:
 
 
 def backward(case: Case, min_k: int, taps: Mapping[str, Tensor]) -> None:
-    x = case.x.clone().requires_grad_()
-    project(Inputs(case.experts, x, case.weights, taps), case.dy, min_k=min_k)[0].backward()
+    experts, x = tree.map1(lambda leaf: leaf.clone().requires_grad_(), (case.experts, case.x))
+    project(Inputs(experts, x, case.weights, taps), case.dy, min_k=min_k)[0].backward()
 
 
 @pytest.mark.parametrize("differentiated", TAP_SETS)

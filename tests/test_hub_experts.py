@@ -130,8 +130,11 @@ def differentiated(layer: Layer, choice: Choice) -> tuple[Tensor, ...]:
 @given(choices())
 def test_a_layer_and_all_its_gradients_are_those_of_a_loop_and_of_eager(choice: Choice) -> None:
     got = differentiated(through(module_of(choice)), choice)
-    assert_close(got, differentiated(plain_loop, choice), bound=BOUND)
-    assert_close(got, differentiated(through(module_of(choice, "eager")), choice), bound=BOUND)
+    known = choice.weights != 0
+    for oracle in (plain_loop, through(module_of(choice, "eager"))):
+        expected = differentiated(oracle, choice)
+        assert_close(got[:-1], expected[:-1], bound=BOUND)
+        assert_close(torch.where(known, got[-1], 0), torch.where(known, expected[-1], 0), bound=BOUND)
 
 
 @given(choices())

@@ -2,7 +2,7 @@
 
 `LAWS` has one entry for each function, and a function without one fails the suite.
 
-Shape letters: T tokens, H hidden, E experts, I expert intermediate size, N steps, R rows.
+Shape letters: T tokens, H hidden, E experts, I expert intermediate size, N steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import tree
-from onn.functional.segments import segment_outer
 from onn.functional.transform import Taps
 from onn.tree import Tree
 from tests.support import BOUND, assert_close, assert_same, can_compile, make_case, normal
@@ -56,12 +55,6 @@ class Material(NamedTuple):
     """[N]"""
     share: Tensor
     """Scalar in (0, 1)."""
-    rows: Tensor
-    """[R, I]"""
-    token: Tensor
-    """[R] int64"""
-    ends: Tensor
-    """[E] int64"""
 
 
 def material(seed: int, dtype: torch.dtype) -> Material:
@@ -91,9 +84,6 @@ def material(seed: int, dtype: torch.dtype) -> Material:
         plan=F.heirs(counts),
         pi=torch.rand(N, generator=source).to(affinity.dtype),
         share=torch.rand((), generator=source).to(affinity.dtype),
-        rows=normal(seed + 14, 2 * T, I, dtype=dtype),
-        token=torch.randint(T, (2 * T,), generator=source),
-        ends=torch.randint(2 * T, (E,), generator=source).sort().values,
     )
 
 
@@ -176,7 +166,6 @@ LAWS: dict[str, Law] = {
     "reduction_dtype": Law(lambda m: torch.zeros((), dtype=F.reduction_dtype(m.x.dtype)), ("",)),
     "relu_route": Law(lambda m: F.relu_route(m.logits)),
     "router_loss": Law(lambda m: F.router_loss(m.logits, m.surprise, m.active, w_ce=1.0, w_kl=0.5), ("",)),
-    "segment_outer": Law(lambda m: segment_outer(m.rows, m.x, m.token, m.ends)),
     "select_min_k": Law(lambda m: F.select_min_k(m.experts, min_k=2)),
     "share_threshold_shift": Law(
         lambda m: F.share_threshold_shift(m.affinity, m.router.thresholds, squash="sigmoid", target=m.share), ("",)
@@ -213,10 +202,10 @@ def public_functions() -> dict[str, FunctionType]:
     }
 
 
-def test_every_public_function_has_its_law_and_only_the_operator_is_not_exported() -> None:
+def test_every_public_function_has_its_law_and_is_exported() -> None:
     assert sorted(LAWS) == sorted(public_functions())
     exported = {name for name, value in vars(F).items() if isinstance(value, FunctionType)}
-    assert exported == set(LAWS) - {"segment_outer"}
+    assert exported == set(LAWS)
 
 
 @every_law

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onn import tree
-from onn.functional.segments import segment_outer
+from onn.functional.kernels.segments import segment_outer
 from tests.support import BOUND, assert_close, assert_same, normal, tolerance
 
 

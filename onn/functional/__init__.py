@@ -1,10 +1,10 @@
 """What a notebook imports as `F`: routing, experts, surprise, integrity, losses and lifecycle, all pure functions."""
 
 from onn.functional.experts import (
-    BankGrads as BankGrads,
+    Backend as Backend,
 )
 from onn.functional.experts import (
-    Residuals as Residuals,
+    BankGrads as BankGrads,
 )
 from onn.functional.experts import (
     TapName as TapName,
@@ -35,6 +35,9 @@ from onn.functional.integrity import (
 )
 from onn.functional.integrity import (
     token_entropy as token_entropy,
+)
+from onn.functional.kernels.parts import (
+    Tiling as Tiling,
 )
 from onn.functional.lifecycle import (
     Heirs as Heirs,
@@ -118,9 +121,6 @@ from onn.functional.routing import (
     top_p_route as top_p_route,
 )
 from onn.functional.surprise import (
-    Local as Local,
-)
-from onn.functional.surprise import (
     consolidate as consolidate,
 )
 from onn.functional.surprise import (
@@ -169,6 +169,12 @@ from onn.functional.transform import SurpriseAndGrad as SurpriseAndGrad
 from onn.functional.transform import surprise_and_grad as surprise_and_grad
 from onn.functional.types import (
     Experts as Experts,
+)
+from onn.functional.types import (
+    Local as Local,
+)
+from onn.functional.types import (
+    Residuals as Residuals,
 )
 from onn.functional.types import (
     Router as Router,

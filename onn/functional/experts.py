@@ -8,37 +8,30 @@ numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from onn import check
-from onn.functional.segments import segment_outer
-from onn.functional.surprise import (
-    Local,
-    counterfactual_surprise,
-    min_k_indices,
-    neuron_surprise,
-    parameter_surprise,
-    weight_surprise,
+from onn.functional.kernels.dense import (
+    dense_backward,
+    dense_forward,
+    expert_gradient,
+    input_gradient,
+    output_products,
 )
-from onn.functional.types import Experts, reduction_dtype
+from onn.functional.kernels.local import unit_gradients
+from onn.functional.kernels.parts import Tiling, default_tiling
+from onn.functional.kernels.ragged import ragged_backward, ragged_forward
+from onn.functional.surprise import parameter_surprise
+from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
-Backend = Literal["dense"]
+Backend = Literal["auto", "dense", "grouped", "loop"]
 TapName = Literal["surprise", "counterfactual", "neuron"]
 Select = Callable[[Tensor, Tensor], Tensor]
-
-
-class Residuals(NamedTuple):
-    """What the forward pass keeps for the backward pass, each [T, E, I]."""
-
-    h1: Tensor
-    """Pre-activation of the gate."""
-    h3: Tensor
-    """Up projection."""
 
 
 class BankGrads(NamedTuple):
@@ -56,11 +49,11 @@ class BankGrads(NamedTuple):
 def _sizes(where: str, experts: Experts, x: Tensor, weights: Tensor) -> dict[str, int]:
     return check.shapes(
         where,
-        ("gate", experts.gate, "E I H"),
-        ("up", experts.up, "E I H"),
-        ("down", experts.down, "E I H"),
-        ("x", x, "T H"),
-        ("weights", weights, "T E"),
+        ("gate", experts.gate, "float E I H"),
+        ("up", experts.up, "float E I H"),
+        ("down", experts.down, "float E I H"),
+        ("x", x, "float T H"),
+        ("weights", weights, "float T E"),
     )
 
 
@@ -80,17 +73,8 @@ def bank_forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, 
         ValueError: shapes differ.
     """
     _sizes("bank_forward", experts, x, weights)
-    y, residuals, _ = _forward(experts, x, weights)
+    y, residuals, _ = dense_forward(experts, x, weights)
     return y, residuals
-
-
-def _forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, Residuals, Tensor]:
-    """The output, the residuals and the weighted activation [T, E, I]."""
-    split = experts.gate.shape[:2]
-    h1 = (x @ experts.gate.flatten(0, 1).mT).unflatten(-1, split)
-    h3 = (x @ experts.up.flatten(0, 1).mT).unflatten(-1, split)
-    weighted = silu(h1) * h3 * weights[..., None]
-    return weighted.flatten(1) @ experts.down.flatten(0, 1), Residuals(h1=h1, h3=h3), weighted
 
 
 def bank_local(experts: Experts, residuals: Residuals, dy: Tensor) -> tuple[Local, Tensor]:
@@ -104,22 +88,9 @@ def bank_local(experts: Experts, residuals: Residuals, dy: Tensor) -> tuple[Loca
     Returns:
         `Local`, from which all forms of surprise follow, and dL/dw [T, E].
     """
-    u = _output_products(experts, dy)
-    local = _unit_gradients(residuals, u)
+    u = output_products(experts, dy)
+    local = unit_gradients(residuals, u)
     return local, (local.a * u).sum(dim=-1)
-
-
-def _output_products(experts: Experts, dy: Tensor) -> Tensor:
-    """`u_tei = down_ei g_t`: the gradient of every activation at combine weight 1."""
-    u: Tensor = (dy @ experts.down.flatten(0, 1).mT).unflatten(-1, experts.down.shape[:2])
-    return u
-
-
-def _unit_gradients(residuals: Residuals, u: Tensor) -> Local:
-    h1, h3 = residuals
-    sigmoid = torch.sigmoid(h1)
-    gated = h1 * sigmoid
-    return Local(c1=u * h3 * sigmoid * (1 + h1 * (1 - sigmoid)), c3=u * gated, a=gated * h3)
 
 
 def bank_vjp(
@@ -146,9 +117,9 @@ def bank_vjp(
     local, d_weights = bank_local(experts, residuals, dy)
     surprise = parameter_surprise(local, x, weights, dy)
     d1, d3, a = (part * weights[..., None] for part in local)
-    dx = _input_gradient(experts, d1, d3)
+    dx = input_gradient(experts, d1, d3)
     if select is None:
-        learnt = _expert_gradient(d1, d3, a, x, dy)
+        learnt = expert_gradient(d1, d3, a, x, dy)
     else:
         keep = select(surprise, weights != 0)
         learnt = Experts(*(_kept_gradient(rows, source, keep) for rows, source in ((d1, x), (d3, x), (a, dy))))
@@ -161,62 +132,42 @@ def _kept_gradient(rows: Tensor, source: Tensor, keep: Tensor) -> Tensor:
     return torch.stack([torch.where(kept, part, 0).mT @ torch.where(kept, source, 0) for part, kept in columns])
 
 
-def _input_gradient(experts: Experts, d1: Tensor, d3: Tensor) -> Tensor:
-    return d1.flatten(1) @ experts.gate.flatten(0, 1) + d3.flatten(1) @ experts.up.flatten(0, 1)
+class _Plan(NamedTuple):
+    """What is static about a call."""
+
+    min_k: int
+    taps: tuple[str, ...]
+    tiling: Tiling | None
+    """How the active pairs are cut up; `None` computes all pairs, densely."""
+    active_only: bool
+    """No gradient for combine weights that are 0, though the dense computation knows it."""
 
 
-def _expert_gradient(d1: Tensor, d3: Tensor, a: Tensor, x: Tensor, dy: Tensor) -> Experts:
-    """Sums over tokens of the outer products of weighted rows [T, E, I] with x and dy."""
-    split = a.shape[-2:]
-    return Experts(
-        gate=(d1.flatten(1).mT @ x).unflatten(0, split),
-        up=(d3.flatten(1).mT @ x).unflatten(0, split),
-        down=(a.flatten(1).mT @ dy).unflatten(0, split),
-    )
-
-
-def _min_k_gradient(
-    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, surprise: Tensor, min_k: int
-) -> Experts:
-    """`_expert_gradient` of the rows that `min_k_mask` keeps: T * min_k of them, gathered and sorted by expert."""
-    num_experts = weights.shape[1]
-    chosen, filled = min_k_indices(surprise, weights != 0, min_k=min_k)
-    owner, order = torch.sort(torch.where(filled, chosen, num_experts).flatten(), stable=True)
-    token = torch.div(order, min_k, rounding_mode="floor")
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=x.device).scatter_add(
-        0, owner, torch.ones_like(owner)
-    )
-    ends = counts[:-1].cumsum(dim=0)
-    pair = token * num_experts + owner.clamp(max=num_experts - 1)
-    h1, h3, u = (part.flatten(0, 1).index_select(0, pair) for part in (*residuals, u))
-    weight = weights.flatten().index_select(0, pair)[:, None]
-    d1, d3, a = (part * weight for part in _unit_gradients(Residuals(h1, h3), u))
-    gate, up = segment_outer(torch.cat([d1, d3], dim=-1), x, token, ends).chunk(2, dim=1)
-    return Experts(gate=gate, up=up, down=segment_outer(a, dy, token, ends))
-
-
-_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, tuple[str, ...], *tuple[Tensor, ...]]
+_Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, _Plan, *tuple[Tensor, ...]]
 
 
 class _Saved(torch.autograd.function.FunctionCtx):
     """What `_Bank` leaves on its context."""
 
-    min_k: int
-    names: tuple[str, ...]
+    plan: _Plan
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
 
 
 class _Backward(torch.autograd.Function):
-    """The backward pass as a function of its own: nothing inside is recorded, and a second derivative is an error."""
+    """The backward pass as a function of its own: nothing inside is recorded, and a second derivative is an error.
+
+    What is not wanted comes back without entries.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         dy: Tensor,
-        min_k: int,
-        wanted: tuple[str, ...],
+        plan: _Plan,
+        wanted: Wanted,
+        counterfactual: bool,
         gate: Tensor,
         up: Tensor,
         down: Tensor,
@@ -227,21 +178,17 @@ class _Backward(torch.autograd.Function):
         *weighted: Tensor,
     ) -> tuple[Tensor, ...]:
         experts, residuals = Experts(gate, up, down), Residuals(h1, h3)
-        u = _output_products(experts, dy)
-        local = _unit_gradients(residuals, u)
-        d_weights = (local.a * u).sum(dim=-1)
-        d1, d3 = local.c1 * weights[..., None], local.c3 * weights[..., None]
-        measured: dict[str, Tensor] = {}
-        if not weighted or "surprise" in wanted or "counterfactual" in wanted:
-            measured["counterfactual"] = counterfactual_surprise(local, x, dy)
-            measured["surprise"] = weight_surprise(measured["counterfactual"], weights)
-        if "neuron" in wanted:
-            measured["neuron"] = neuron_surprise(local, x, weights, dy)
-        if weighted:
-            learnt = _expert_gradient(d1, d3, weighted[0], x, dy)
-        else:
-            learnt = _min_k_gradient(residuals, u, x, weights, dy, measured["surprise"], min_k)
-        return (*learnt, _input_gradient(experts, d1, d3), d_weights, *(measured[name] for name in wanted))
+        if plan.tiling is not None:
+            bank = (experts, x, weights, residuals, plan.tiling)
+            return (*ragged_backward(dy, *bank, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
+        learnt, *rest = dense_backward(
+            *(dy, experts, x, weights, residuals, weighted[0] if weighted else None),
+            min_k=plan.min_k,
+            wanted=wanted,
+            counterfactual=counterfactual,
+        )
+        dx, d_weights, *measured = rest
+        return (*learnt, dx, torch.where(weights != 0, d_weights, 0) if plan.active_only else d_weights, *measured)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
@@ -258,39 +205,45 @@ class _Backward(torch.autograd.Function):
 class _Bank(torch.autograd.Function):
     """Forward returns its residuals, since `setup_context` sees inputs and outputs alone.
 
-    Where every row learns the weighted activation is one of them; SMK needs few of its rows and recomputes these.
+    Where every row learns from the dense computation the weighted activation is one of them; SMK needs few of its rows
+    and recomputes these.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        gate: Tensor,
-        up: Tensor,
-        down: Tensor,
-        x: Tensor,
-        weights: Tensor,
-        min_k: int,
-        names: tuple[str, ...],
-        *taps: Tensor,
+        gate: Tensor, up: Tensor, down: Tensor, x: Tensor, weights: Tensor, plan: _Plan, *taps: Tensor
     ) -> tuple[Tensor, ...]:
-        y, residuals, weighted = _forward(Experts(gate, up, down), x, weights)
-        return (y, *residuals, weighted) if min_k == weights.shape[-1] else (y, *residuals)
+        experts = Experts(gate, up, down)
+        if plan.tiling is not None:
+            y, residuals = ragged_forward(experts, x, weights, plan.tiling)
+            return (y, *residuals)
+        y, residuals, weighted = dense_forward(experts, x, weights)
+        return (y, *residuals, weighted) if plan.min_k == weights.shape[-1] else (y, *residuals)
 
     @staticmethod
     def setup_context(ctx: _Saved, inputs: _Inputs, output: tuple[Tensor, ...]) -> None:
-        gate, up, down, x, weights, min_k, names, *_ = inputs
+        gate, up, down, x, weights, plan, *_ = inputs
         _, *kept = output
         ctx.mark_non_differentiable(*kept)
         ctx.save_for_backward(gate, up, down, x, weights, *kept)
-        ctx.min_k, ctx.names = min_k, names
+        ctx.plan = plan
 
     @staticmethod
     def backward(ctx: _Saved, dy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = tuple(name for name, need in zip(ctx.names, ctx.needs_input_grad[7:], strict=True) if need)
-        grads = _Backward.apply(dy, ctx.min_k, wanted, *ctx.saved_tensors)
-        measured = dict(zip(wanted, grads[5:], strict=True))
-        return (*grads[:5], None, None, *(measured.get(name) for name in ctx.names))
+        gate, up, down, x, weights, _, *taps = ctx.needs_input_grad
+        asked = dict(zip(ctx.plan.taps, taps, strict=True))
+        wanted = Wanted(
+            experts=gate or up or down,
+            x=x,
+            surprise=asked.get("surprise", False),
+            neuron=asked.get("neuron", False),
+        )
+        grads = _Backward.apply(dy, ctx.plan, wanted, asked.get("counterfactual", False), *ctx.saved_tensors)
+        measured = dict(zip(("surprise", "neuron", "counterfactual"), grads[5:], strict=True))
+        inputs = (grad if need else None for grad, need in zip(grads[:5], (gate, up, down, x, weights), strict=True))
+        return (*inputs, None, *(measured[name] if need else None for name, need in asked.items()))
 
 
 def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> dict[str, Tensor]:
@@ -312,16 +265,22 @@ def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> d
     return {name: torch.zeros(shapes[name], dtype=dtype, device=experts.gate.device) for name in names}
 
 
-def _apply_bank(*args: Tensor | int | tuple[str, ...]) -> Tensor:
-    y: Tensor = _Bank.apply(*args)[0]
-    return y
+def _apply_bank(*args: Tensor | _Plan) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _Bank.apply(*args)
+    return outputs
 
 
 torch._dynamo.allow_in_graph(_apply_bank)
 
 
 def bank(
-    experts: Experts, x: Tensor, weights: Tensor, tap: Tensor | Mapping[str, Tensor], *, min_k: int, backend: Backend
+    experts: Experts,
+    x: Tensor,
+    weights: Tensor,
+    tap: Tensor | Mapping[str, Tensor],
+    *,
+    min_k: int,
+    backend: Backend | Tiling,
 ) -> Tensor:
     """The production bank: `bank_forward` whose backward pass measures surprise and applies SMK.
 
@@ -332,18 +291,28 @@ def bank(
         tap: zeros [T, E] whose "gradient" is the parameter surprise, or a mapping of such (`zero_taps`). What is not
             differentiated with respect to is not computed. One tap for each call: a tap used twice would return a sum.
         min_k: how many of a token's active experts learn from it; E keeps all and is the plain layer.
-        backend: how it is computed.
+        backend: how it is computed. `dense` computes every pair of token and expert. `grouped` sorts the active pairs
+            by expert and multiplies them in grouped products, on a GPU after waiting for their number; `loop` takes
+            few experts at a time, so that their rows stay in a CPU's cache. `auto` is one of them by device and
+            sizes; a `Tiling` is a `loop` with measured numbers (`onn.calibration`).
 
     Returns:
         y [T, H]. Composes with `torch.func.grad`, `vmap` and `torch.compile(fullgraph=True)` of both. Differentiable
         once; the second derivative is an error.
 
+    Guarantee:
+        All backends give the same numbers up to rounding, with one exception: where a combine weight is 0 its
+        gradient is known to `dense` and 0 otherwise, `auto` included. A router that learns from experts it did not
+        choose needs `dense`.
+
     Raises:
-        ValueError: shapes or dtypes differ, `min_k` out of range, an unknown tap or backend.
+        ValueError: shapes or dtypes differ, `min_k` out of range, an unknown tap or backend, or the counterfactual
+            tap with `grouped`, `loop` or a tiling, which do not compute inactive experts.
     """
     sizes = _sizes("bank", experts, x, weights)
     check.between("bank", "min_k", min_k, 1, sizes["E"])
-    check.one_of("bank", "backend", backend, get_args(Backend))
+    if not isinstance(backend, Tiling):
+        check.one_of("bank", "backend", backend, get_args(Backend))
     dtypes = {t.dtype for t in (*experts, x, weights)}
     check.require(len(dtypes) == 1, f"bank: experts, x and weights differ in dtype: {sorted(map(str, dtypes))}.")
     taps: Mapping[str, Tensor] = {"surprise": tap} if isinstance(tap, Tensor) else tap
@@ -351,4 +320,33 @@ def bank(
         check.one_of("bank", "tap", name, get_args(TapName))
         dims, against = ("E I", experts.gate[..., 0]) if name == "neuron" else ("T E", weights)
         check.shapes("bank", (f"tap {name}", value, dims), ("its reference", against, dims))
-    return _apply_bank(*experts, x, weights, min_k, tuple(taps), *taps.values())
+    tiling = _tiling(backend, experts, tokens=sizes["T"], taps=taps)
+    plan = _Plan(min_k=min_k, taps=tuple(taps), tiling=tiling, active_only=backend != "dense")
+    return _apply_bank(*experts, x, weights, plan, *taps.values())[0]
+
+
+def _tiling(backend: Backend | Tiling, experts: Experts, *, tokens: int, taps: Mapping[str, Tensor]) -> Tiling | None:
+    """How the active pairs are cut up, or `None` where all pairs are computed."""
+    if backend == "dense":
+        return None
+    if backend == "auto" and ("counterfactual" in taps or _dense_is_faster(experts, tokens=tokens)):
+        return None
+    check.require(
+        "counterfactual" not in taps,
+        f"bank: the counterfactual tap needs every expert computed: expected backend='dense', got {backend!r}.",
+    )
+    if isinstance(backend, Tiling):
+        return backend
+    if backend == "grouped" or (backend == "auto" and experts.gate.is_cuda):
+        return Tiling(entries=0, whole_from=math.inf)
+    return default_tiling(width=experts.gate.shape[1])
+
+
+def _dense_is_faster(experts: Experts, *, tokens: int) -> bool:
+    """By the sizes alone, since how many pairs are active is only known when they are.
+
+    On a CPU where the products are so small that the loop's own work outweighs them; on a GPU, where finding the
+    pairs makes the host wait, up to a few thousand neurons.
+    """
+    products = tokens * experts.gate.numel()
+    return experts.gate[..., 0].numel() <= 4096 if experts.gate.is_cuda else products < 2**24

@@ -18,9 +18,11 @@ def token_entropy(logits: Tensor) -> Tensor:
     Returns:
         [...] in [0, log V], float32 (float64 for float64 inputs). A probability of 0 (logit -inf) adds nothing.
     """
+    check.require(logits.ndim > 0, "token_entropy: expected logits [..., V], got a scalar.")
+    check.holds("token_entropy", "logits", logits, "float")
     log_p = torch.log_softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     p = log_p.exp()
-    possible = p > 0
+    possible = p != 0
     return -torch.where(possible, p * torch.where(possible, log_p, 0), 0).sum(dim=-1)
 
 
@@ -44,11 +46,18 @@ def predictive_integrity(
         In (0, 1] up to underflow for inputs that are not negative; falls with error and surprise, rises with tau.
         float32 (float64 for float64 inputs).
     """
-    check.at_least("predictive_integrity", "alpha", alpha, 0)
+    check.weight("predictive_integrity", "alpha", alpha)
     check.between("predictive_integrity", "gamma", gamma, 0, 1)
-    check.require(tau_floor > 0, f"predictive_integrity: expected tau_floor={tau_floor!r} > 0.")
+    check.positive("predictive_integrity", "tau_floor", tau_floor)
+    check.broadcast("predictive_integrity", error=error, tau=tau, surprise=surprise)
     error, tau, surprise = (value.to(reduction_dtype(value.dtype)) for value in (error, tau, surprise))
-    return torch.exp(-alpha * ((1 - gamma) * error / tau.clamp_min(tau_floor) + gamma * surprise))
+    by_error = _times(1 - gamma, error) / tau.clamp_min(tau_floor)
+    return torch.exp(_times(-alpha, by_error + _times(gamma, surprise)))
+
+
+def _times(factor: float, value: Tensor) -> Tensor:
+    """What has no weight does not count, be it infinite."""
+    return factor * value if factor else torch.zeros_like(value)
 
 
 def integrity_integral(pi: Tensor, *, delta: float) -> Tensor:
@@ -61,8 +70,9 @@ def integrity_integral(pi: Tensor, *, delta: float) -> Tensor:
     Returns:
         Scalar, at most `mean(PI)`, and equal to it for a constant run.
     """
-    check.shapes("integrity_integral", ("pi", pi, "N"))
-    check.at_least("integrity_integral", "delta", delta, 0)
+    sizes = check.shapes("integrity_integral", ("pi", pi, "float N"))
+    check.require(sizes["N"] > 0, "integrity_integral: pi is empty.")
+    check.weight("integrity_integral", "delta", delta)
     return pi.mean() * torch.exp(-delta * pi.var(correction=0))
 
 
@@ -77,5 +87,7 @@ def adaptive_mix(pi: Tensor, *, sensitivity: float, threshold: float) -> Tensor:
     Returns:
         In [0, 1], the shape of `pi`.
     """
-    check.at_least("adaptive_mix", "sensitivity", sensitivity, 0)
+    check.holds("adaptive_mix", "pi", pi, "float")
+    check.weight("adaptive_mix", "sensitivity", sensitivity)
+    check.between("adaptive_mix", "threshold", threshold, -check.LARGEST, check.LARGEST)
     return torch.sigmoid(sensitivity * (threshold - pi))

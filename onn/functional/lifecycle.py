@@ -34,6 +34,12 @@ class Heirs(NamedTuple):
     """[E] bool: the reborn and their donors."""
 
 
+def _layer(experts: Experts, router: Router) -> list[tuple[str, Tensor, str]]:
+    """What `check.shapes` needs to know of a carved layer."""
+    matrices = [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
+    return [*matrices, ("prototypes", router.prototypes, "float E H"), ("thresholds", router.thresholds, "float E")]
+
+
 def usage(routing: Routing) -> Usage:
     """Tokens an expert, before and after the fallback.
 
@@ -43,6 +49,7 @@ def usage(routing: Routing) -> Usage:
     Returns:
         Counts [E] each.
     """
+    check.shapes("usage", ("scores", routing.scores, "float T E"), ("active", routing.active, "bool T E"))
     return Usage(routed=(routing.scores > 0).sum(dim=0), active=routing.active.sum(dim=0))
 
 
@@ -56,7 +63,7 @@ def heirs(counts: Tensor) -> Heirs:
         `Heirs`; each donor gives once, so with fewer used than unused experts the last ones stay dead. Ties go to the
         lowest index. Static shapes, no host sync.
     """
-    sizes = check.shapes("heirs", ("counts", counts, "E"))
+    sizes = check.shapes("heirs", ("counts", counts, "integer E"))
     itself = torch.arange(sizes["E"], device=counts.device)
     by_use = torch.sort(counts, descending=True, stable=True).indices
     dead = counts == 0
@@ -87,8 +94,15 @@ def rebirth(
         New experts and router, in their dtypes; experts outside the plan are bit-identical.
     """
     check.shapes(
-        "rebirth", ("gate", experts.gate, "E I H"), ("prototypes", router.prototypes, "E H"), ("noise", noise, "E H")
+        "rebirth",
+        *_layer(experts, router),
+        ("noise", noise, "float E H"),
+        ("donor", plan.donor, "integer E"),
+        ("reborn", plan.reborn, "bool E"),
+        ("halved", plan.halved, "bool E"),
     )
+    check.weight("rebirth", "scale", scale)
+    check.between("rebirth", "share", share, 0, 1)
     moved = Experts(*(w.index_select(0, plan.donor) for w in experts))
     down = torch.where(plan.halved[:, None, None], moved.down * share, moved.down)
     dtype = reduction_dtype(router.prototypes.dtype)
@@ -112,9 +126,14 @@ def forget_reborn(state: Tensor, plan: Heirs) -> Tensor:
     Returns:
         [E, ...].
     """
+    check.shapes("forget_reborn", ("reborn", plan.reborn, "bool E"))
     check.require(
-        state.shape[0] == plan.reborn.shape[0],
-        f"forget_reborn: {list(state.shape)} is not of {len(plan.reborn)} experts.",
+        state.shape[:1] == plan.reborn.shape,
+        f"forget_reborn: state {list(state.shape)} is not of {len(plan.reborn)} experts.",
+    )
+    check.require(
+        state.device == plan.reborn.device,
+        f"forget_reborn: expected one device, got state on {state.device}, reborn on {plan.reborn.device}.",
     )
     return torch.where(plan.reborn.view(-1, *(1,) * (state.ndim - 1)), 0, state)
 
@@ -144,11 +163,13 @@ def grow(
     """
     check.shapes(
         "grow",
-        ("gate", experts.gate, "E I H"),
-        ("x", x, "T H"),
-        ("unrouted", unrouted, "T"),
-        ("noise", noise.gate, "1 I H"),
+        *_layer(experts, router),
+        ("x", x, "float T H"),
+        ("unrouted", unrouted, "bool T"),
+        *((f"noise.{name}", part, "float 1 I H") for name, part in zip(Experts._fields, noise, strict=True)),
     )
+    check.between("grow", "threshold", threshold, -check.LARGEST, check.LARGEST)
+    check.weight("grow", "scale", scale)
     mean = torch.where(unrouted[:, None], x, 0).to(reduction_dtype(x.dtype)).sum(dim=0) / unrouted.sum().clamp_min(1)
     added = Experts(gate=noise.gate * scale, up=noise.up * scale, down=torch.zeros_like(noise.down))
     return (
@@ -172,7 +193,7 @@ def prune(experts: Experts, router: Router, lifetime: Tensor, *, keep: int) -> t
     Returns:
         Experts and router of `keep`; ties go to the lowest index.
     """
-    sizes = check.shapes("prune", ("gate", experts.gate, "E I H"), ("lifetime", lifetime, "E"))
+    sizes = check.shapes("prune", *_layer(experts, router), ("lifetime", lifetime, "real E"))
     check.between("prune", "keep", keep, 1, sizes["E"])
     stays = torch.sort(torch.sort(lifetime, descending=True, stable=True).indices[:keep]).values
     return Experts(*(w.index_select(0, stays) for w in experts)), Router(*(r.index_select(0, stays) for r in router))

@@ -59,7 +59,15 @@ def router_loss(scores: Tensor, surprise: Tensor, active: Tensor, *, w_ce: float
         Scalar, at least 0; tokens without an expert that counts are left out. Shifting all scores of a token changes
         nothing.
     """
-    check.shapes("router_loss", ("scores", scores, "T E"), ("surprise", surprise, "T E"), ("active", active, "T E"))
+    check.shapes(
+        "router_loss",
+        ("scores", scores, "float T E"),
+        ("surprise", surprise, "float T E"),
+        ("active", active, "bool T E"),
+    )
+    check.require(scores.shape[1] > 0, f"router_loss: scores {list(scores.shape)} are of no expert.")
+    check.weight("router_loss", "w_ce", w_ce)
+    check.weight("router_loss", "w_kl", w_kl)
     target, counted = _countable(surprise, active)
     log_p, tokens = _masked_softmax(scores, counted)
     log_q, _ = _masked_softmax(-target, counted)
@@ -81,7 +89,10 @@ def expected_surprise(scores: Tensor, surprise: Tensor, active: Tensor) -> Tenso
         Scalar between the mean least and the mean largest active surprise.
     """
     check.shapes(
-        "expected_surprise", ("scores", scores, "T E"), ("surprise", surprise, "T E"), ("active", active, "T E")
+        "expected_surprise",
+        ("scores", scores, "float T E"),
+        ("surprise", surprise, "float T E"),
+        ("active", active, "bool T E"),
     )
     target, counted = _countable(surprise, active)
     log_p, tokens = _masked_softmax(scores, counted)
@@ -100,7 +111,13 @@ def gate_accuracy(scores: Tensor, surprise: Tensor, active: Tensor) -> GateAccur
         `GateAccuracy`. Entries whose surprise is not finite do not count, nor do tokens with fewer than two experts
         left, which have no choice to make; ties go to the lowest index.
     """
-    check.shapes("gate_accuracy", ("scores", scores, "T E"), ("surprise", surprise, "T E"), ("active", active, "T E"))
+    check.shapes(
+        "gate_accuracy",
+        ("scores", scores, "float T E"),
+        ("surprise", surprise, "float T E"),
+        ("active", active, "bool T E"),
+    )
+    check.require(scores.shape[1] > 0, f"gate_accuracy: scores {list(scores.shape)} are of no expert.")
     dtype = reduction_dtype(scores.dtype)
     target, counted = _countable(surprise, active)
     chosen = scores.masked_fill(~counted, -torch.inf).argmax(dim=-1)
@@ -125,7 +142,7 @@ def load_balance_loss(scores: Tensor, active: Tensor) -> Tensor:
     References:
         Fedus et al., 2101.03961, equation 4.
     """
-    check.shapes("load_balance_loss", ("scores", scores, "T E"), ("active", active, "T E"))
+    check.shapes("load_balance_loss", ("scores", scores, "float T E"), ("active", active, "bool T E"))
     dtype = reduction_dtype(scores.dtype)
     assigned = active.to(dtype).sum(dim=0)
     fraction = assigned / assigned.sum().clamp_min(1)
@@ -144,7 +161,7 @@ def z_loss(logits: Tensor) -> Tensor:
     References:
         ST-MoE (Zoph et al., 2202.08906), equation 5.
     """
-    check.shapes("z_loss", ("logits", logits, "T E"))
+    check.shapes("z_loss", ("logits", logits, "float T E"))
     return torch.logsumexp(logits.to(reduction_dtype(logits.dtype)), dim=-1).square().mean()
 
 
@@ -161,7 +178,9 @@ def diversity_loss(prototypes: Tensor, *, eps: float) -> Tensor:
     References:
         DynMoE (Guo et al., 2405.14297), equation 10.
     """
-    sizes = check.shapes("diversity_loss", ("prototypes", prototypes, "E H"))
+    sizes = check.shapes("diversity_loss", ("prototypes", prototypes, "float E H"))
+    check.require(sizes["E"] > 0, f"diversity_loss: prototypes {list(prototypes.shape)} are of no expert.")
+    check.positive("diversity_loss", "eps", eps)
     unit = normalize(prototypes.to(reduction_dtype(prototypes.dtype)), dim=-1, eps=eps)
     excess = unit @ unit.mT - torch.eye(sizes["E"], dtype=unit.dtype, device=unit.device)
     norm: Tensor = torch.linalg.matrix_norm(excess)
@@ -180,5 +199,5 @@ def simplicity_loss(prototypes: Tensor) -> Tensor:
     References:
         DynMoE (Guo et al., 2405.14297), equation 10.
     """
-    check.shapes("simplicity_loss", ("prototypes", prototypes, "E H"))
+    check.shapes("simplicity_loss", ("prototypes", prototypes, "float E H"))
     return prototypes.to(reduction_dtype(prototypes.dtype)).square().sum(dim=-1).mean()

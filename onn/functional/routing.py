@@ -32,7 +32,8 @@ def cosine_affinity(x: Tensor, prototypes: Tensor, *, eps: float) -> Tensor:
     References:
         The gate of DynMoE (Guo et al., 2405.14297).
     """
-    check.shapes("cosine_affinity", ("x", x, "T H"), ("prototypes", prototypes, "E H"))
+    check.shapes("cosine_affinity", ("x", x, "float T H"), ("prototypes", prototypes, "float E H"))
+    check.positive("cosine_affinity", "eps", eps)
     dtype = reduction_dtype(x.dtype)
     return normalize(x.to(dtype), dim=-1, eps=eps) @ normalize(prototypes.to(dtype), dim=-1, eps=eps).mT
 
@@ -47,6 +48,9 @@ def first_k(keys: Tensor, *, k: int) -> Tensor:
     Returns:
         bool, the shape of `keys`.
     """
+    check.require(keys.ndim > 0, "first_k: expected keys [..., E], got a scalar.")
+    check.holds("first_k", "keys", keys, "real")
+    check.at_least("first_k", "k", k, 0)
     order = torch.sort(keys.detach(), dim=-1, stable=True).indices
     chosen = torch.arange(keys.shape[-1], device=keys.device).expand_as(order) < k
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
@@ -75,7 +79,7 @@ def threshold_route(
     References:
         DynMoE (Guo et al., 2405.14297), equations 5 to 9.
     """
-    sizes = check.shapes("threshold_route", ("affinity", affinity, "T E"), ("thresholds", thresholds, "E"))
+    sizes = check.shapes("threshold_route", ("affinity", affinity, "float T E"), ("thresholds", thresholds, "float E"))
     check.one_of("threshold_route", "squash", squash, get_args(Squash))
     check.one_of("threshold_route", "combine", combine, get_args(Combine))
     check.between("threshold_route", "fallback_k", fallback_k, 1, sizes["E"])
@@ -112,7 +116,13 @@ def share_threshold_shift(affinity: Tensor, thresholds: Tensor, *, squash: Squas
     Raises:
         ValueError: shapes differ, or an unknown squash.
     """
-    check.shapes("share_threshold_shift", ("affinity", affinity, "T E"), ("thresholds", thresholds, "E"))
+    check.shapes(
+        "share_threshold_shift",
+        ("affinity", affinity, "float T E"),
+        ("thresholds", thresholds, "float E"),
+        ("target", target, "float"),
+    )
+    check.require(affinity.numel() > 0, f"share_threshold_shift: affinity {list(affinity.shape)} is empty.")
     check.one_of("share_threshold_shift", "squash", squash, get_args(Squash))
     eps = torch.finfo(affinity.dtype).eps
     opening = affinity if squash == "sigmoid" else torch.logit(affinity, eps=eps)
@@ -144,7 +154,7 @@ def top_k_route(logits: Tensor, *, k: int, normalise: bool) -> Routing:
         `Routing` with `scores` the logits and `weights` in their dtype; ties go to the lowest index (`torch.topk`,
         which transformers uses, promises no order).
     """
-    sizes = check.shapes("top_k_route", ("logits", logits, "T E"))
+    sizes = check.shapes("top_k_route", ("logits", logits, "float T E"))
     check.between("top_k_route", "k", k, 1, sizes["E"])
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     return _route_by_rank(logits, probabilities, probabilities, k=k, normalise=normalise)
@@ -165,7 +175,7 @@ def biased_top_k_route(logits: Tensor, bias: Tensor, *, k: int, normalise: bool)
     References:
         Wang et al., 2408.15664; the router of DeepSeek-V3.
     """
-    sizes = check.shapes("biased_top_k_route", ("logits", logits, "T E"), ("bias", bias, "E"))
+    sizes = check.shapes("biased_top_k_route", ("logits", logits, "float T E"), ("bias", bias, "float E"))
     check.between("biased_top_k_route", "k", k, 1, sizes["E"])
     gates = torch.sigmoid(logits.to(reduction_dtype(logits.dtype)))
     return _route_by_rank(logits, gates + bias.to(gates.dtype), gates, k=k, normalise=normalise)
@@ -182,7 +192,8 @@ def balance_bias(bias: Tensor, counts: Tensor, *, rate: float) -> Tensor:
     Returns:
         [E], the dtype of `bias`.
     """
-    check.shapes("balance_bias", ("bias", bias, "E"), ("counts", counts, "E"))
+    check.shapes("balance_bias", ("bias", bias, "float E"), ("counts", counts, "real E"))
+    check.weight("balance_bias", "rate", rate)
     load = counts.to(reduction_dtype(bias.dtype))
     return bias + rate * torch.sign(load.mean() - load).to(bias.dtype)
 
@@ -201,7 +212,7 @@ def top_p_route(logits: Tensor, *, p: float, normalise: bool) -> Routing:
     References:
         Huang et al., 2403.07652.
     """
-    check.shapes("top_p_route", ("logits", logits, "T E"))
+    check.shapes("top_p_route", ("logits", logits, "float T E"))
     check.require(0 < p <= 1, f"top_p_route: expected 0 < p={p!r} <= 1.")
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     ranked, order = torch.sort(probabilities.detach(), dim=-1, descending=True, stable=True)
@@ -225,7 +236,7 @@ def relu_route(logits: Tensor) -> Routing:
     References:
         ReMoE (Wang et al., 2412.14711), equation 5.
     """
-    check.shapes("relu_route", ("logits", logits, "T E"))
+    check.shapes("relu_route", ("logits", logits, "float T E"))
     return Routing(scores=logits, active=logits > 0, weights=torch.relu(logits))
 
 
@@ -244,7 +255,10 @@ def sparsity_coefficient(coefficient: Tensor, active_share: Tensor, *, target: f
     References:
         ReMoE (Wang et al., 2412.14711), equation 9.
     """
+    check.broadcast("sparsity_coefficient", coefficient=coefficient, active_share=active_share)
+    check.between("sparsity_coefficient", "target", target, 0, 1)
     check.at_least("sparsity_coefficient", "rate", rate, 1)
+    check.positive("sparsity_coefficient", "rate", rate)
     return coefficient * rate ** torch.sign(active_share - target)
 
 
@@ -262,7 +276,7 @@ def expert_choice_route(logits: Tensor, *, capacity: int) -> Routing:
     References:
         Zhou et al., 2202.09368.
     """
-    sizes = check.shapes("expert_choice_route", ("logits", logits, "T E"))
+    sizes = check.shapes("expert_choice_route", ("logits", logits, "float T E"))
     check.between("expert_choice_route", "capacity", capacity, 1, sizes["T"])
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     active = first_k(-probabilities.mT, k=capacity).mT

@@ -9,27 +9,26 @@ combine weight 1) `c1 = u h3 silu'(h1)` and `c3 = u silu(h1)` of the two pre-act
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from onn import check
-from onn.functional.types import Experts, reduction_dtype
+from onn.functional.kernels.local import neuron_squares, unit_norms
+from onn.functional.types import Experts, Local, reduction_dtype
 
 Form = Literal["root", "bounded"]
 
 
-class Local(NamedTuple):
-    """What the backward pass of a SwiGLU bank knows of every (token, expert, neuron), each [T, E, I]."""
+def _parts(local: Local) -> list[tuple[str, Tensor, str]]:
+    """What `check.shapes` needs to know of them."""
+    return [(name, part, "float T E I") for name, part in zip(Local._fields, local, strict=True)]
 
-    c1: Tensor
-    """Unit gradient of the gate's pre-activation."""
-    c3: Tensor
-    """Unit gradient of the up projection."""
-    a: Tensor
-    """Activation, without the combine weight."""
+
+def _matrices(experts: Experts) -> list[tuple[str, Tensor, str]]:
+    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
 
 
 def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
@@ -44,14 +43,12 @@ def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
         dy: [T, H], the gradient of its output.
 
     Returns:
-        [T, E], float32 (float64 for float64 inputs); nothing is squared in the result's own scale, so losses of very
-        small or large scale neither underflow nor overflow earlier than the norms themselves.
+        [T, E], float32 (float64 for float64 inputs). The norms square their entries in it: in float32 exact to rounding
+        for gradients of size 1e-18 to 1e18, 0 or infinite far outside, never NaN for finite inputs.
     """
-    check.shapes("counterfactual_surprise", ("c1", local.c1, "T E I"), ("x", x, "T H"), ("dy", dy, "T H"))
-    dtype = reduction_dtype(x.dtype)
-    inner = torch.hypot(vector_norm(local.c1, dim=-1, dtype=dtype), vector_norm(local.c3, dim=-1, dtype=dtype))
-    outer = vector_norm(local.a, dim=-1, dtype=dtype)
-    x_norm, dy_norm = (vector_norm(v, dim=-1, keepdim=True, dtype=dtype) for v in (x, dy))
+    check.shapes("counterfactual_surprise", *_parts(local), ("x", x, "float T H"), ("dy", dy, "float T H"))
+    inner, outer = unit_norms(local)
+    x_norm, dy_norm = (vector_norm(v, dim=-1, keepdim=True, dtype=reduction_dtype(v.dtype)) for v in (x, dy))
     return torch.hypot(inner * x_norm, outer * dy_norm)
 
 
@@ -69,7 +66,7 @@ def parameter_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> 
     Returns:
         [T, E], 0 where the weight is 0; float32 (float64 for float64 inputs).
     """
-    check.shapes("parameter_surprise", ("weights", weights, "T E"), ("c1", local.c1, "T E I"), ("x", x, "T H"))
+    check.shapes("parameter_surprise", ("weights", weights, "float T E"), *_parts(local), ("x", x, "float T H"))
     return weight_surprise(counterfactual_surprise(local, x, dy), weights)
 
 
@@ -83,7 +80,7 @@ def weight_surprise(counterfactual: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [T, E].
     """
-    check.shapes("weight_surprise", ("counterfactual", counterfactual, "T E"), ("weights", weights, "T E"))
+    check.shapes("weight_surprise", ("counterfactual", counterfactual, "float T E"), ("weights", weights, "float T E"))
     return torch.where(weights != 0, counterfactual * weights.abs().to(counterfactual.dtype), 0)
 
 
@@ -97,7 +94,7 @@ def normalised_surprise(surprise: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [T, E]. On active pairs it is the counterfactual surprise.
     """
-    check.shapes("normalised_surprise", ("surprise", surprise, "T E"), ("weights", weights, "T E"))
+    check.shapes("normalised_surprise", ("surprise", surprise, "float T E"), ("weights", weights, "float T E"))
     magnitude = weights.abs().to(surprise.dtype)
     return torch.where(magnitude > 0, surprise / torch.where(magnitude > 0, magnitude, 1), 0)
 
@@ -112,7 +109,7 @@ def output_surprise(weights: Tensor, dy: Tensor) -> Tensor:
     Returns:
         [T, E]. Its least expert is the least weight, and under uniform weights all active experts tie.
     """
-    check.shapes("output_surprise", ("weights", weights, "T E"), ("dy", dy, "T H"))
+    check.shapes("output_surprise", ("weights", weights, "float T E"), ("dy", dy, "float T H"))
     dtype = reduction_dtype(dy.dtype)
     dy_norm: Tensor = vector_norm(dy, dim=-1, keepdim=True, dtype=dtype)
     return weight_surprise(dy_norm.expand(weights.shape), weights)
@@ -129,9 +126,8 @@ def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
     Returns:
         [T, E]. A baseline for studies: it materialises [T, E, H].
     """
-    check.shapes(
-        "input_surprise", ("weights", weights, "T E"), ("c1", local.c1, "T E I"), ("gate", experts.gate, "E I H")
-    )
+    check.shapes("input_surprise", ("weights", weights, "float T E"), *_parts(local), *_matrices(experts))
+    check.one_dtype("input_surprise", c1=local.c1, c3=local.c3, gate=experts.gate, up=experts.up)
     to_input = torch.einsum("tei,eih->teh", local.c1, experts.gate) + torch.einsum("tei,eih->teh", local.c3, experts.up)
     unit: Tensor = vector_norm(to_input, dim=-1, dtype=reduction_dtype(to_input.dtype))
     return weight_surprise(unit, weights)
@@ -156,15 +152,18 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
         Kirkpatrick et al., 1612.00796 (the Fisher as importance); Kunstner et al., 1905.12558 (the empirical one).
     """
     check.shapes(
-        "neuron_surprise", ("c1", local.c1, "T E I"), ("x", x, "T H"), ("weights", weights, "T E"), ("dy", dy, "T H")
+        "neuron_surprise",
+        *_parts(local),
+        ("x", x, "float T H"),
+        ("weights", weights, "float T E"),
+        ("dy", dy, "float T H"),
     )
     dtype = reduction_dtype(x.dtype)
     w = weights.to(dtype)
     inner = w * vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    outer = w * vector_norm(dy, dim=-1, keepdim=True, dtype=dtype)
-    c1, c3, a = (part.to(dtype) for part in local)
-    squared = (c1 * inner[..., None]) ** 2 + (c3 * inner[..., None]) ** 2 + (a * outer[..., None]) ** 2
-    return torch.where((weights != 0)[..., None], squared, 0).sum(dim=0)
+    outer = w * vector_norm(dy.to(dtype), dim=-1, keepdim=True)
+    squares = neuron_squares(local, inner[..., None], outer[..., None])
+    return torch.where((weights != 0)[..., None], squares, 0).sum(dim=0)
 
 
 def _least(keys: Tensor, active: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
@@ -186,7 +185,7 @@ def min_k_indices(surprise: Tensor, active: Tensor, *, min_k: int) -> tuple[Tens
     Returns:
         Expert indices [T, min_k] from the least surprise up, and bool [T, min_k]: which slots are filled.
     """
-    sizes = check.shapes("min_k_mask", ("surprise", surprise, "T E"), ("active", active, "T E"))
+    sizes = check.shapes("min_k_mask", ("surprise", surprise, "float T E"), ("active", active, "bool T E"))
     check.between("min_k_mask", "min_k", min_k, 1, sizes["E"])
     return _least(surprise, active, k=min_k)
 
@@ -217,7 +216,7 @@ def max_k_mask(surprise: Tensor, active: Tensor, *, max_k: int) -> Tensor:
     Returns:
         bool [T, E], a subset of `active`; entries that are not finite are kept last.
     """
-    sizes = check.shapes("max_k_mask", ("surprise", surprise, "T E"), ("active", active, "T E"))
+    sizes = check.shapes("max_k_mask", ("surprise", surprise, "float T E"), ("active", active, "bool T E"))
     check.between("max_k_mask", "max_k", max_k, 1, sizes["E"])
     keys = torch.where(torch.isfinite(surprise), -surprise, torch.inf)
     return torch.zeros_like(active).scatter(-1, *_least(keys, active, k=max_k))
@@ -234,6 +233,8 @@ def random_k_mask(noise: Tensor, active: Tensor, *, random_k: int) -> Tensor:
     Returns:
         bool [T, E], a subset of `active`.
     """
+    sizes = check.shapes("random_k_mask", ("noise", noise, "float T E"), ("active", active, "bool T E"))
+    check.between("random_k_mask", "random_k", random_k, 1, sizes["E"])
     return min_k_mask(noise, active, min_k=random_k)
 
 
@@ -247,7 +248,7 @@ def non_finite(surprise: Tensor, active: Tensor) -> Tensor:
     Returns:
         Scalar int64.
     """
-    check.shapes("non_finite", ("surprise", surprise, "T E"), ("active", active, "T E"))
+    check.shapes("non_finite", ("surprise", surprise, "float T E"), ("active", active, "bool T E"))
     return (active & ~torch.isfinite(surprise)).sum()
 
 
@@ -260,7 +261,7 @@ def expert_norms(grads: Experts) -> Tensor:
     Returns:
         [E], float32 (float64 for float64 inputs).
     """
-    check.shapes("expert_norms", *((name, g, "E I H") for name, g in zip(Experts._fields, grads, strict=True)))
+    check.shapes("expert_norms", *_matrices(grads))
     norms = [vector_norm(g, dim=(-2, -1), dtype=reduction_dtype(g.dtype)) for g in grads]
     return torch.hypot(torch.hypot(norms[0], norms[1]), norms[2])
 
@@ -298,10 +299,10 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
         Adagrad (Duchi et al., 2011); online EWC (Schwarz et al., 1805.06370).
     """
     by_expert = importance.ndim == 1
-    check.shapes("consolidate", ("gate", grads.gate, "E I H"), ("importance", importance, "E" if by_expert else "E I"))
+    check.shapes("consolidate", *_matrices(grads), ("importance", importance, "float E" if by_expert else "float E I"))
     check.one_of("consolidate", "form", form, get_args(Form))
-    check.at_least("consolidate", "strength", strength, 0)
-    check.require(eps > 0, f"consolidate: expected eps={eps!r} > 0.")
+    check.weight("consolidate", "strength", strength)
+    check.positive("consolidate", "eps", eps)
     rows = importance[:, None] if by_expert else importance
     finite = torch.isfinite(importance)
     mean = torch.where(finite, importance, 0).sum() / finite.sum().clamp_min(1)

@@ -42,6 +42,35 @@ class Routing(NamedTuple):
     """[T, E]: combine weights, 0 where inactive."""
 
 
+class Residuals(NamedTuple):
+    """What the forward pass of a bank keeps for its backward pass: [T, E, I], or the rows of its pairs [., I]."""
+
+    h1: Tensor
+    """Pre-activation of the gate."""
+    h3: Tensor
+    """Up projection."""
+
+
+class Local(NamedTuple):
+    """What the backward pass of a SwiGLU bank knows of every (token, expert, neuron), each [T, E, I]."""
+
+    c1: Tensor
+    """Unit gradient of the gate's pre-activation."""
+    c3: Tensor
+    """Unit gradient of the up projection."""
+    a: Tensor
+    """Activation, without the combine weight."""
+
+
+class Wanted(NamedTuple):
+    """What the backward pass of a bank shall compute beside the gradient of the combine weights."""
+
+    experts: bool
+    x: bool
+    surprise: bool
+    neuron: bool
+
+
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms, softmax, loss and PI: float64 for float64, float32 for everything narrower."""
     return torch.promote_types(dtype, torch.float32)

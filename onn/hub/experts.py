@@ -90,10 +90,11 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
         top_k_weights: [T, K].
 
     Returns:
-        [T, H] in the dtype of `hidden_states`, computed in that of the experts, under autocast too. Every expert
-        computes every token, unless the tokens are so few (as in generation) that their choices are fewer than the
-        experts: then a bank of the experts chosen is gathered. An activation that overflows (float16) is NaN for its
-        token even in an expert that the token did not choose.
+        [T, H] in the dtype of `hidden_states`, computed in that of the experts, under autocast too, by the `auto`
+        backend of `onn.functional.bank`. Where the tokens are so few (as in generation) that their choices are fewer
+        than the experts, a bank of the experts chosen is gathered. An activation that overflows (float16) may be NaN
+        for its token even in an expert that the token did not choose. A combine weight that is exactly 0 gets no
+        gradient.
 
     Raises:
         ValueError: another activation or layout; the message names the setting.
@@ -106,7 +107,7 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
     else:
         weights = dense_weights(top_k_index, top_k_weights, num_experts=E, dtype=dtype)
     with torch.autocast(hidden_states.device.type, enabled=False):
-        y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=weights.shape[1], backend="dense")
+        y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=weights.shape[1], backend="auto")
     return y.to(hidden_states.dtype)
 
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from onn.functional.kernels.parts import Pairs, Tiling, extended, parts, takes_grouped
+
+IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
 
@@ -29,23 +32,28 @@ def segment_outer(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tenso
     return out
 
 
-def _by_segment(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
-    out = rows.new_zeros(ends.shape[0], rows.shape[1], x.shape[1])
-    start = 0
-    for segment, end in zip(out.unbind(0), ends.tolist(), strict=True):
-        if end > start:
-            torch.mm(rows[start:end].mT, x.index_select(0, token[start:end]), out=segment)
-        start = end
+def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    last = int(ends[-1]) if len(ends) else 0
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    pairs = Pairs(
+        token=torch.cat([token[:last], token.new_full((1,), len(x))]),
+        expert=token.new_empty(0),
+        weight=rows.new_empty(0),
+        counts=tuple(counts.tolist()),
+    )
+    out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
+    source, owned = extended(x), extended(rows[:last])
+    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=IN_CACHE):
+        part.outer(part.spread(owned), part.take(source), out)
     return out
 
 
 def _grouped(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` where there is one: rows of whole 16 bytes in bfloat16, on a CPU in float32 too."""
-    aligned = (rows.shape[1] * rows.element_size()) % 16 == 0 and (x.shape[1] * x.element_size()) % 16 == 0
-    known = rows.dtype == torch.bfloat16 or (rows.dtype == torch.float32 and rows.device.type == "cpu")
-    if not (aligned and known):
-        return _by_segment(rows, x, token, ends)
-    return grouped_mm(rows.mT, x.index_select(0, token), offs=ends.to(torch.int32))
+    """`grouped_mm` where it takes the rows, and no wait for their number."""
+    source = x.index_select(0, token)
+    if not takes_grouped(rows, source):
+        return _in_cache(rows, x, token, ends)
+    return grouped_mm(rows.mT, source, offs=ends.to(torch.int32))
 
 
 def _shape(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
@@ -68,7 +76,7 @@ def _batched(
     return out.unflatten(0, closed.shape)[:, :-1], 0
 
 
-_library.impl("segment_outer", _grouped, "CPU")
+_library.impl("segment_outer", _in_cache, "CPU")
 _library.impl("segment_outer", _grouped, "CUDA")
 torch.library.register_fake("onn::segment_outer", _shape, lib=_library)
 torch.library.register_vmap("onn::segment_outer", _batched, lib=_library)

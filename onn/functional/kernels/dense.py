@@ -1,0 +1,125 @@
+"""The dense computation of a bank in stock operations: every expert computes every token.
+
+Shape letters: T tokens, H hidden, E experts, I expert intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from onn.functional.kernels.local import unit_gradients
+from onn.functional.kernels.segments import segment_outer
+from onn.functional.surprise import counterfactual_surprise, min_k_indices, neuron_surprise, weight_surprise
+from onn.functional.types import Experts, Residuals, Wanted
+
+
+class DenseGrads(NamedTuple):
+    """What the backward pass gives; a tensor without entries where it was not wanted."""
+
+    experts: Experts
+    x: Tensor
+    """[T, H]: never masked."""
+    weights: Tensor
+    """[T, E]: also where the weight is 0."""
+    surprise: Tensor
+    """[T, E]"""
+    neuron: Tensor
+    """[E, I]"""
+    counterfactual: Tensor
+    """[T, E]"""
+
+
+def dense_forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, Residuals, Tensor]:
+    """The output, the residuals and the weighted activation [T, E, I]."""
+    split = experts.gate.shape[:2]
+    h1 = (x @ experts.gate.flatten(0, 1).mT).unflatten(-1, split)
+    h3 = (x @ experts.up.flatten(0, 1).mT).unflatten(-1, split)
+    weighted = silu(h1) * h3 * weights[..., None]
+    return weighted.flatten(1) @ experts.down.flatten(0, 1), Residuals(h1=h1, h3=h3), weighted
+
+
+def output_products(experts: Experts, dy: Tensor) -> Tensor:
+    """`u_tei = down_ei g_t`: the gradient of every activation at combine weight 1."""
+    u: Tensor = (dy @ experts.down.flatten(0, 1).mT).unflatten(-1, experts.down.shape[:2])
+    return u
+
+
+def input_gradient(experts: Experts, d1: Tensor, d3: Tensor) -> Tensor:
+    """What weighted rows [T, E, I] of the two projections send to their input, [T, H]."""
+    return d1.flatten(1) @ experts.gate.flatten(0, 1) + d3.flatten(1) @ experts.up.flatten(0, 1)
+
+
+def expert_gradient(d1: Tensor, d3: Tensor, a: Tensor, x: Tensor, dy: Tensor) -> Experts:
+    """Sums over tokens of the outer products of weighted rows [T, E, I] with x and dy."""
+    split = a.shape[-2:]
+    return Experts(
+        gate=(d1.flatten(1).mT @ x).unflatten(0, split),
+        up=(d3.flatten(1).mT @ x).unflatten(0, split),
+        down=(a.flatten(1).mT @ dy).unflatten(0, split),
+    )
+
+
+def dense_backward(
+    dy: Tensor,
+    experts: Experts,
+    x: Tensor,
+    weights: Tensor,
+    residuals: Residuals,
+    weighted: Tensor | None,
+    *,
+    min_k: int,
+    wanted: Wanted,
+    counterfactual: bool,
+) -> DenseGrads:
+    """The gradients of `dense_forward` under SMK, and what else is wanted.
+
+    `weighted`, the weighted activation [T, E, I], is there where every row learns.
+    """
+    nothing = x.new_empty(0)
+    u = output_products(experts, dy)
+    local = unit_gradients(residuals, u)
+    d1, d3 = local.c1 * weights[..., None], local.c3 * weights[..., None]
+    masked = wanted.experts and weighted is None
+    surprise = unit = neuron = nothing
+    if masked or wanted.surprise or counterfactual:
+        unit = counterfactual_surprise(local, x, dy)
+        surprise = weight_surprise(unit, weights)
+    if wanted.neuron:
+        neuron = neuron_surprise(local, x, weights, dy)
+    learnt = Experts(nothing, nothing, nothing)
+    if masked:
+        learnt = _min_k_gradient(residuals, u, x, weights, dy, surprise, min_k)
+    elif wanted.experts and weighted is not None:
+        learnt = expert_gradient(d1, d3, weighted, x, dy)
+    return DenseGrads(
+        experts=learnt,
+        x=input_gradient(experts, d1, d3) if wanted.x else nothing,
+        weights=(local.a * u).sum(dim=-1),
+        surprise=surprise if wanted.surprise else nothing,
+        neuron=neuron,
+        counterfactual=unit if counterfactual else nothing,
+    )
+
+
+def _min_k_gradient(
+    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, surprise: Tensor, min_k: int
+) -> Experts:
+    """`expert_gradient` of the rows that `min_k_mask` keeps: T * min_k of them, gathered and sorted by expert."""
+    num_experts = weights.shape[1]
+    chosen, filled = min_k_indices(surprise, weights != 0, min_k=min_k)
+    owner, order = torch.sort(torch.where(filled, chosen, num_experts).flatten(), stable=True)
+    token = torch.div(order, min_k, rounding_mode="floor")
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=x.device).scatter_add(
+        0, owner, torch.ones_like(owner)
+    )
+    ends = counts[:-1].cumsum(dim=0)
+    pair = token * num_experts + owner.clamp(max=num_experts - 1)
+    h1, h3, u = (part.flatten(0, 1).index_select(0, pair) for part in (*residuals, u))
+    weight = weights.flatten().index_select(0, pair)[:, None]
+    d1, d3, a = (part * weight for part in unit_gradients(Residuals(h1, h3), u))
+    gate, up = segment_outer(torch.cat([d1, d3], dim=-1), x, token, ends).chunk(2, dim=1)
+    return Experts(gate=gate, up=up, down=segment_outer(a, dy, token, ends))

@@ -1,0 +1,29 @@
+"""The local gradients of experts: what every form of surprise and every parameter gradient is made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from onn.functional.types import Local, Residuals, reduction_dtype
+
+
+def unit_gradients(residuals: Residuals, u: Tensor) -> Local:
+    """The unit gradients from what the forward pass kept and `u = down_e g_t`, all of one shape [..., I]."""
+    h1, h3 = residuals
+    sigmoid = torch.sigmoid(h1)
+    gated = h1 * sigmoid
+    return Local(c1=u * h3 * sigmoid * (1 + h1 * (1 - sigmoid)), c3=u * gated, a=gated * h3)
+
+
+def unit_norms(local: Local) -> tuple[Tensor, Tensor]:
+    """`sqrt(||c1||^2 + ||c3||^2)` and `||a||` over the neurons: [..., I] to [...], float32 at least."""
+    first, second, outer = (vector_norm(rows, dim=-1, dtype=reduction_dtype(rows.dtype)) for rows in local)
+    return torch.hypot(first, second), outer
+
+
+def neuron_squares(local: Local, inner: Tensor, outer: Tensor) -> Tensor:
+    """`(c1^2 + c3^2) inner^2 + a^2 outer^2`, where `inner` and `outer` [..., 1] are `w ||x||` and `w ||g||`."""
+    c1, c3, a = (rows.to(inner.dtype) for rows in local)
+    return (c1 * inner) ** 2 + (c3 * inner) ** 2 + (a * outer) ** 2

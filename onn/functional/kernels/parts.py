@@ -1,0 +1,327 @@
+"""The active (token, expert) pairs of a bank in the order of the experts, cut into parts that are multiplied at once.
+
+Shape letters: T tokens, H hidden, E experts, I expert intermediate size, R pairs; of a part: G experts, N rows of each.
+
+A tensor with one entry for each pair has R + 1 of them, and one with an entry for each token T + 1: the last is
+nobody's, and rows that only fill a part up point there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+Span: TypeAlias = "slice[int, int, int]"
+
+
+class Tiling(NamedTuple):
+    """How a bank is cut into parts; numbers that only speed depends on."""
+
+    entries: int
+    """Of the gathered rows [G, N, H] of a part, at most: what stays in a cache. 0 takes all experts at once."""
+    whole_from: float
+    """Share of the tokens from which an expert computes all of them, which saves the gather."""
+
+
+def default_tiling(*, width: int) -> Tiling:
+    """What was fastest on a CPU of 2 cores with 1 MiB of second-level cache each, for experts of this width I."""
+    return Tiling(entries=2**21, whole_from=0.4 if width <= 32 else 0.75)
+
+
+class Pairs(NamedTuple):
+    """The pairs that are computed, by expert and then by token."""
+
+    token: Tensor
+    """[R + 1] int64; the last is T."""
+    expert: Tensor
+    """[R + 1] int64; the last is E."""
+    weight: Tensor
+    """[R + 1, 1] combine weights; the last is 0."""
+    counts: tuple[int, ...]
+    """Pairs of each expert."""
+
+    @property
+    def number(self) -> int:
+        """R."""
+        return len(self.token) - 1
+
+
+def active_pairs(weights: Tensor) -> Pairs:
+    """The pairs whose combine weight [T, E] is not 0."""
+    T, E = weights.shape
+    columns = weights.mT.contiguous()
+    expert, token = columns.nonzero(as_tuple=True)
+    return Pairs(
+        token=_and(token, T),
+        expert=_and(expert, E),
+        weight=_and(columns.flatten().index_select(0, expert * T + token), 0)[:, None],
+        counts=tuple(torch.bincount(expert, minlength=E).tolist()),
+    )
+
+
+def kept_pairs(pairs: Pairs, keep: Tensor) -> tuple[Pairs, Tensor]:
+    """The pairs that are kept, bool [R], and their places among all: [R' + 1], the last is nobody's."""
+    places = _and(keep.nonzero().flatten(), pairs.number)
+    token, expert, weight = (part.index_select(0, places) for part in pairs[:3])
+    counts = torch.bincount(expert[:-1], minlength=len(pairs.counts)).tolist()
+    return Pairs(token=token, expert=expert, weight=weight, counts=tuple(counts)), places
+
+
+def extended(rows: Tensor) -> Tensor:
+    """`rows` and one more of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
+
+
+def _and(values: Tensor, last: int) -> Tensor:
+    return torch.cat([values, values.new_full((1,), last)])
+
+
+class Padded(NamedTuple):
+    """Experts side by side, filled up to the rows of the largest: batched products."""
+
+    experts: Span
+    pairs: Span
+    tokens: Tensor
+    """[G N]"""
+    places: Tensor | None
+    """[G N]: the pair of each row; `None` where nothing was filled up."""
+    rows: int
+    """N"""
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.experts.stop - self.experts.start, self.rows
+
+    def take(self, source: Tensor) -> Tensor:
+        """Rows of a token-wise tensor: [T + 1, H] to [G, N, H]."""
+        return source.index_select(0, self.tokens).view(*self._shape, source.shape[1])
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Rows of a pair-wise tensor: [R + 1, I] to [G, N, I]."""
+        rows = values[self.pairs] if self.places is None else values.index_select(0, self.places)
+        return rows.view(*self._shape, values.shape[1])
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """The inverse of `spread`."""
+        flat = rows.flatten(0, 1)
+        if self.places is None:
+            into[self.pairs] = flat
+        else:
+            into.index_copy_(0, self.places, flat)
+
+    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix_e rows`: [G, N, H] to [G, N, I]."""
+        return torch.bmm(rows, matrix[self.experts].mT)
+
+    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix_e^T rows`: [G, N, I] to [G, N, H]."""
+        return torch.bmm(rows, matrix[self.experts])
+
+    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
+        """Sums of the outer products of [G, N, I] and [G, N, H]: the part's rows of `out` [E, I, H]."""
+        torch.bmm(rows.mT, sources, out=out[self.experts])
+
+    def total(self, rows: Tensor, out: Tensor) -> None:
+        """Sums of [G, N, I] over the rows of each expert: the part's rows of `out` [E, I]."""
+        torch.sum(rows, dim=1, out=out[self.experts])
+
+    def add(self, rows: Tensor, into: Tensor) -> None:
+        """Add [G, N, H] to the tokens [T + 1, H] that they belong to."""
+        into.index_add_(0, self.tokens, rows.flatten(0, 1).to(into.dtype))
+
+
+class Whole(NamedTuple):
+    """Experts side by side that compute every token: plain products, and no gather.
+
+    As in the dense computation, a token that is not finite reaches experts that it did not choose.
+    """
+
+    experts: Span
+    pairs: Span
+    places: Tensor
+    """[pairs]: of each in [T, G]."""
+    tokens: int
+    """T"""
+
+    def take(self, source: Tensor) -> Tensor:
+        """[T + 1, H] to [T, H]."""
+        return source[: self.tokens]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[R + 1, I] to [T, G, I], 0 where there is no pair."""
+        size = self.experts.stop - self.experts.start
+        rows = values.new_zeros(self.tokens * size, values.shape[1])
+        return rows.index_copy_(0, self.places, values[self.pairs]).view(self.tokens, size, values.shape[1])
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """The inverse of `spread`."""
+        into[self.pairs] = rows.flatten(0, 1).index_select(0, self.places)
+
+    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """[T, H] to [T, G, I]."""
+        part = matrix[self.experts]
+        projected: Tensor = (rows @ part.flatten(0, 1).mT).unflatten(1, part.shape[:2])
+        return projected
+
+    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """[T, G, I] to [T, H], summed over the experts."""
+        combined: Tensor = rows.flatten(1) @ matrix[self.experts].flatten(0, 1)
+        return combined
+
+    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
+        """Sums of the outer products of [T, G, I] and [T, H]."""
+        torch.mm(rows.flatten(1).mT, sources, out=out[self.experts].flatten(0, 1))
+
+    def total(self, rows: Tensor, out: Tensor) -> None:
+        """Sums of [T, G, I] over the tokens."""
+        torch.sum(rows, dim=0, out=out[self.experts])
+
+    def add(self, rows: Tensor, into: Tensor) -> None:
+        """Add [T, H] to the tokens [T + 1, H]."""
+        into[: self.tokens] += rows
+
+
+class Ragged(NamedTuple):
+    """All experts at once: grouped products of the rows as they are."""
+
+    tokens: Tensor
+    """[R]"""
+    owners: Tensor
+    """[R]: the expert of each row."""
+    ends: tuple[int, ...]
+    """[E]: where the rows of each expert end."""
+
+    def take(self, source: Tensor) -> Tensor:
+        """[T + 1, H] to [R, H]."""
+        return source.index_select(0, self.tokens)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """[R + 1, I] to [R, I]."""
+        return values[:-1]
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """The inverse of `spread`."""
+        into[:-1] = rows
+
+    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """[R, H] to [R, I]."""
+        return self._by_expert(rows, matrix.mT)
+
+    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """[R, I] to [R, H]."""
+        return self._by_expert(rows, matrix)
+
+    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
+        """Sums of the outer products of [R, I] and [R, H] by expert."""
+        if takes_grouped(rows, sources):
+            out.copy_(grouped_mm(rows.mT, sources, offs=self._offsets(rows)))
+        else:
+            for segment, a, b in zip(out.unbind(0), self._split(rows), self._split(sources), strict=True):
+                torch.mm(a.mT, b, out=segment)
+
+    def total(self, rows: Tensor, out: Tensor) -> None:
+        """Sums of [R, I] by expert."""
+        out.zero_().index_add_(0, self.owners, rows)
+
+    def add(self, rows: Tensor, into: Tensor) -> None:
+        """Add [R, H] to the tokens [T + 1, H]."""
+        into.index_add_(0, self.tokens, rows.to(into.dtype))
+
+    def _by_expert(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        if takes_grouped(rows, matrices):
+            return grouped_mm(rows, matrices, offs=self._offsets(rows))
+        out = rows.new_empty(len(rows), matrices.shape[2])
+        for part, result, matrix in zip(self._split(rows), self._split(out), matrices.unbind(0), strict=True):
+            torch.mm(part, matrix, out=result)
+        return out
+
+    def _offsets(self, rows: Tensor) -> Tensor:
+        return torch.tensor(self.ends, dtype=torch.int32, device=rows.device)
+
+    def _split(self, rows: Tensor) -> Sequence[Tensor]:
+        sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
+        return torch.split(rows, sizes)
+
+
+Part = Padded | Whole | Ragged
+
+
+def takes_grouped(first: Tensor, second: Tensor) -> bool:
+    """`grouped_mm` takes them: bfloat16, on a CPU float32 too, all but one stride of whole 16 bytes, and some rows."""
+    dtype, device = first.dtype, first.device.type
+    known = dtype == torch.bfloat16 or (dtype == torch.float32 and device == "cpu")
+    return known and _aligned(first) and _aligned(second) and first.numel() > 0
+
+
+def _aligned(operand: Tensor) -> bool:
+    unit, wide = sorted(operand.stride()[-2:])
+    return unit == 1 and all(stride * operand.element_size() % 16 == 0 for stride in (wide, *operand.stride()[:-2]))
+
+
+def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling) -> Iterator[Part]:
+    """Cut the pairs up, in order; every expert is in one part.
+
+    Args:
+        pairs: of `active_pairs`.
+        tokens: T.
+        width: I.
+        hidden: H.
+        tiling: how; with `entries` 0 it is one `Ragged` part.
+    """
+    if tiling.entries == 0:
+        ends = torch.tensor(pairs.counts).cumsum(0).tolist()
+        yield Ragged(tokens=pairs.token[:-1], owners=pairs.expert[:-1], ends=tuple(ends))
+        return
+    rows = max(1, tiling.entries // hidden)
+    first = start = 0
+    while first < len(pairs.counts):
+        whole = pairs.counts[first] > 0 and pairs.counts[first] >= tiling.whole_from * tokens
+        if whole:
+            size = _like(pairs.counts[first:], tiling.whole_from * tokens, max(1, tiling.entries // (tokens * width)))
+        else:
+            size = _similar(pairs.counts[first:], rows, tiling.whole_from * tokens)
+        experts, last = slice(first, first + size), start + sum(pairs.counts[first : first + size])
+        if whole:
+            inside = slice(start, last)
+            places = pairs.token[inside] * size + (pairs.expert[inside] - first)
+            yield Whole(experts=experts, pairs=inside, places=places, tokens=tokens)
+        else:
+            yield _padded(pairs, experts, start)
+        first, start = first + size, last
+
+
+def _like(counts: Sequence[int], least: float, most: int) -> int:
+    """How many of the first experts have `least` pairs or more, `most` at most."""
+    size = 1
+    while size < min(most, len(counts)) and counts[size] >= least:
+        size += 1
+    return size
+
+
+def _similar(counts: Sequence[int], rows: int, below: float) -> int:
+    """How many of the first experts fill `rows` rows together and are not made up of filling."""
+    size, largest, total = 1, counts[0], counts[0]
+    for count in counts[1:]:
+        largest, total = max(largest, count), total + count
+        filled = (size + 1) * largest
+        if filled > rows or filled > 1.4 * total + 16 or (count > 0 and count >= below):
+            break
+        size += 1
+    return size
+
+
+def _padded(pairs: Pairs, experts: Span, start: int) -> Padded:
+    counts = pairs.counts[experts]
+    rows, last = max(counts), start + sum(counts)
+    inside = slice(start, last)
+    if rows * len(counts) == last - start:
+        return Padded(experts=experts, pairs=inside, tokens=pairs.token[inside], places=None, rows=rows)
+    held = torch.tensor(counts, device=pairs.token.device)[:, None]
+    begins = start + held.cumsum(0) - held
+    lane = torch.arange(rows, device=pairs.token.device)
+    places = torch.where(lane < held, begins + lane, pairs.number).flatten()
+    return Padded(experts=experts, pairs=inside, tokens=pairs.token.index_select(0, places), places=places, rows=rows)

@@ -1,0 +1,296 @@
+"""Banks that compute their active pairs alone, as two raw operators: forward, and backward with surprise and SMK.
+
+A raw `torch.library` operator stands inside an `autograd.Function`, under `vmap` and in a compiled graph alike, and may
+return as many rows as there happen to be active pairs. Each takes an ensemble of N banks, one after the other.
+
+Shape letters: N banks, T tokens, H hidden, E experts, I expert intermediate size, R active pairs of a bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import silu
+
+from onn.functional.kernels.local import neuron_squares, unit_gradients, unit_norms
+from onn.functional.kernels.parts import Pairs, Part, Tiling, active_pairs, extended, kept_pairs, parts
+from onn.functional.surprise import min_k_mask, weight_surprise
+from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
+
+
+class RaggedGrads(NamedTuple):
+    """What it gives; a tensor without entries where it was not wanted."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    x: Tensor
+    """[N, T, H]: never masked."""
+    weights: Tensor
+    """[N, T, E]: 0 where the weight is 0, since nothing was computed there."""
+    surprise: Tensor
+    """[N, T, E]"""
+    neuron: Tensor
+    """[N, E, I]"""
+
+
+_library = torch.library.Library("onn", "FRAGMENT")
+_BANK = "Tensor gate, Tensor up, Tensor down, Tensor x, Tensor weights"
+_TILING = "int entries, float whole_from"
+_WANTED = ", ".join(f"bool want_{name}" for name in Wanted._fields)
+_library.define(f"ragged_forward({_BANK}, {_TILING}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"ragged_backward(Tensor dy, {_BANK}, Tensor h1, Tensor h3, {_TILING}, int min_k, {_WANTED}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def ragged_forward(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Residuals]:
+    """`bank_forward` of the active pairs.
+
+    Args:
+        experts: [E, I, H] each.
+        x: [T, H].
+        weights: [T, E].
+        tiling: how it is cut up.
+
+    Returns:
+        y [T, H], summed in float32 at least, and the residuals [R + 1, I] of the pairs in `active_pairs`' order.
+    """
+    y, h1, h3 = torch.ops.onn.ragged_forward(*(t[None] for t in (*experts, x, weights)), *tiling)
+    return y[0], Residuals(h1=h1, h3=h3)
+
+
+def ragged_backward(
+    dy: Tensor,
+    experts: Experts,
+    x: Tensor,
+    weights: Tensor,
+    residuals: Residuals,
+    tiling: Tiling,
+    *,
+    min_k: int,
+    wanted: Wanted,
+) -> RaggedGrads:
+    """`bank_vjp` of the active pairs under SMK, without N; `residuals` are those of `ragged_forward`."""
+    bank = (t[None] for t in (dy, *experts, x, weights))
+    grads = torch.ops.onn.ragged_backward(*bank, *residuals, *tiling, min_k, *wanted)
+    return RaggedGrads(*(grad[0] for grad in grads))
+
+
+def _forward(
+    gate: Tensor, up: Tensor, down: Tensor, x: Tensor, weights: Tensor, entries: int, whole_from: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    tiling = Tiling(entries, whole_from)
+    banks = [
+        _forward_one(Experts(*bank[:3]), *bank[3:], tiling) for bank in zip(gate, up, down, x, weights, strict=True)
+    ]
+    y, h1, h3 = zip(*banks, strict=True)
+    return _stacked(y), torch.cat(h1), torch.cat(h3)
+
+
+def _stacked(members: tuple[Tensor, ...]) -> Tensor:
+    """As `torch.stack`, without a copy of a lone one."""
+    return torch.stack(members) if len(members) > 1 else members[0][None]
+
+
+def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
+    pairs, source = active_pairs(weights), extended(x)
+    (T, H), I = x.shape, experts.gate.shape[1]
+    h1, h3 = (x.new_zeros(pairs.number + 1, I) for _ in range(2))
+    y = source.new_zeros(T + 1, H, dtype=reduction_dtype(x.dtype))
+    for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
+        rows = part.take(source)
+        gated, raised = part.project(rows, experts.gate), part.project(rows, experts.up)
+        part.put(gated, h1)
+        part.put(raised, h3)
+        weight = part.spread(pairs.weight)
+        part.add(part.combine(torch.where(weight != 0, silu(gated) * raised * weight, 0), experts.down), y)
+    return y[:T].to(x.dtype), h1, h3
+
+
+def _weighted(local: Local, weights: Tensor) -> Local:
+    """Times the combine weights; what is not active drops out, finite or not."""
+    return Local(*(torch.where(weights != 0, rows * weights, 0) for rows in local))
+
+
+def _backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    h1: Tensor,
+    h3: Tensor,
+    entries: int,
+    whole_from: float,
+    min_k: int,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    sizes = ((weights != 0).flatten(1).sum(dim=1) + 1).tolist()
+    residuals = map(Residuals, h1.split(sizes), h3.split(sizes))
+    grads = [
+        _backward_one(g, Experts(*experts), *inputs, kept, Tiling(entries, whole_from), min_k, Wanted(*wanted))
+        for g, experts, inputs, kept in zip(
+            dy, zip(gate, up, down, strict=True), zip(x, weights, strict=True), residuals, strict=True
+        )
+    ]
+    return tuple(map(_stacked, zip(*grads, strict=True)))
+
+
+def _backward_one(
+    dy: Tensor,
+    experts: Experts,
+    x: Tensor,
+    weights: Tensor,
+    residuals: Residuals,
+    tiling: Tiling,
+    min_k: int,
+    wanted: Wanted,
+) -> RaggedGrads:
+    (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
+    pairs, x_all, dy_all = active_pairs(weights), extended(x), extended(dy)
+    masked = wanted.experts and bool(((weights != 0).sum(dim=1) > min_k).any())
+    measured = wanted.surprise or masked
+
+    def of_pairs(width: int, dtype: torch.dtype) -> Tensor:
+        return x.new_zeros(pairs.number + 1, width, dtype=dtype)
+
+    learnt = Experts(*(x.new_empty(m.shape if wanted.experts else 0) for m in experts))
+    dx = x.new_zeros((T + 1, H) if wanted.x else (0, H), dtype=wide)
+    neuron = x.new_empty((E, I) if wanted.neuron else 0, dtype=wide)
+    d_weights, inner, outer = of_pairs(1, x.dtype), of_pairs(1, wide), of_pairs(1, wide)
+    products = of_pairs(I if masked else 0, x.dtype)
+    x_norm, dy_norm = inner, outer
+    if measured or wanted.neuron:
+        norms = (vector_norm(rows, dim=-1, keepdim=True, dtype=wide) for rows in (x_all, dy_all))
+        x_norm, dy_norm = (norm.index_select(0, pairs.token) for norm in norms)
+    for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
+        g, weight = part.take(dy_all), part.spread(pairs.weight)
+        u = part.project(g, experts.down)
+        local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
+        part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
+        if measured:
+            for norm, into in zip(unit_norms(local), (inner, outer), strict=True):
+                part.put(norm[..., None], into)
+        if wanted.neuron:
+            squares = neuron_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
+            part.total(torch.where(weight != 0, squares, 0), neuron)
+        rows = _weighted(local, weight)
+        if masked:
+            part.put(u, products)
+        elif wanted.experts:
+            _learn(part, rows, part.take(x_all), g, learnt)
+        if wanted.x:
+            part.add(part.combine(rows.c1, experts.gate) + part.combine(rows.c3, experts.up), dx)
+    surprise = inner[:0, 0]
+    if measured:
+        surprise = weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)[:-1, 0]
+    if masked:
+        kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
+        h1, h3, u_kept = (rows.index_select(0, places) for rows in (*residuals, products))
+        for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
+            local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(u_kept))
+            _learn(part, _weighted(local, part.spread(kept.weight)), part.take(x_all), part.take(dy_all), learnt)
+
+    def by_token(values: Tensor) -> Tensor:
+        return values.new_zeros(weights.shape).index_put((pairs.token[:-1], pairs.expert[:-1]), values)
+
+    return RaggedGrads(
+        *learnt,
+        x=dx[:T].to(x.dtype),
+        weights=by_token(d_weights[:-1, 0]),
+        surprise=by_token(surprise) if wanted.surprise else surprise.new_empty(0),
+        neuron=neuron,
+    )
+
+
+def _learn(part: Part, rows: Local, x: Tensor, dy: Tensor, learnt: Experts) -> None:
+    part.outer(rows.c1, x, learnt.gate)
+    part.outer(rows.c3, x, learnt.up)
+    part.outer(rows.a, dy, learnt.down)
+
+
+def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, *, min_k: int) -> Tensor:
+    """`min_k_mask` of the pairs, bool [R]: sorted are only as many columns as a token has experts at most."""
+    active = weights != 0
+    place = (pairs.token[:-1], active.cumsum(dim=1)[pairs.token[:-1], pairs.expert[:-1]] - 1)
+    columns = surprise.new_zeros(len(weights), int(active.sum(dim=1).max()))
+    filled = torch.zeros_like(columns, dtype=torch.bool).index_put(place, torch.ones_like(place[0], dtype=torch.bool))
+    return min_k_mask(columns.index_put(place, surprise), filled, min_k=min(min_k, columns.shape[1]))[place]
+
+
+def _fake_forward(
+    gate: Tensor, up: Tensor, down: Tensor, x: Tensor, weights: Tensor, entries: int, whole_from: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(x.shape), x.new_empty(rows, gate.shape[2]), x.new_empty(rows, gate.shape[2])
+
+
+def _fake_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    h1: Tensor,
+    h3: Tensor,
+    entries: int,
+    whole_from: float,
+    min_k: int,
+    *wanted: bool,
+) -> tuple[Tensor, ...]:
+    asked, (N, E, I, H), wide = Wanted(*wanted), gate.shape, reduction_dtype(x.dtype)
+    learnt = (x.new_empty((N, E, I, H) if asked.experts else (N, 0)) for _ in range(3))
+    return (
+        *learnt,
+        x.new_empty(x.shape if asked.x else (N, 0, H)),
+        x.new_empty(weights.shape),
+        x.new_empty(weights.shape if asked.surprise else (N, 0), dtype=wide),
+        x.new_empty((N, E, I) if asked.neuron else (N, 0), dtype=wide),
+    )
+
+
+def _folded(tensors: Sequence[Tensor], in_dims: Sequence[int | None]) -> tuple[int, list[Tensor]]:
+    """The size of the dimension that is mapped over, and the tensors with it folded into N."""
+    size = next(t.shape[d] for t, d in zip(tensors, in_dims, strict=True) if d is not None)
+    aligned = (
+        t.expand(size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims, strict=True)
+    )
+    return size, [t.flatten(0, 1) for t in aligned]
+
+
+def _batched_forward(
+    info: object, in_dims: tuple[int | None, ...], *args: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    size, bank = _folded(args[:5], in_dims[:5])
+    y, h1, h3 = torch.ops.onn.ragged_forward(*bank, *args[5:])
+    return (y.unflatten(0, (size, -1)), h1, h3), (0, None, None)
+
+
+def _batched_backward(
+    info: object, in_dims: tuple[int | None, ...], *args: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """The residuals hold the rows of all banks, one after the other, as the forward pass under `vmap` left them."""
+    size, bank = _folded(args[:6], in_dims[:6])
+    h1, h3 = args[6:8]
+    if all(dim is None for dim in in_dims[1:6]):
+        h1, h3 = h1.repeat(size, 1), h3.repeat(size, 1)
+    grads = torch.ops.onn.ragged_backward(*bank, h1, h3, *args[8:])
+    return tuple(grad.unflatten(0, (size, -1)) for grad in grads), (0,) * len(grads)
+
+
+for _name, _kernel, _fake, _rule in (
+    ("ragged_forward", _forward, _fake_forward, _batched_forward),
+    ("ragged_backward", _backward, _fake_backward, _batched_backward),
+):
+    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _kernel, "CUDA")
+    torch.library.register_fake(f"onn::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"onn::{_name}", _rule, lib=_library)

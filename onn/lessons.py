@@ -1,0 +1,78 @@
+"""What the routers are taught beside the main loss, from the surprise of one backward pass.
+
+Shape letters: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+import onn.functional as F
+from onn import qwen3, tree
+from onn.functional.transform import Taps
+from onn.objective import MoeTraining
+from onn.qwen3 import Carved
+
+
+def router_objective(
+    routers: tuple[F.Router, ...], seen: tuple[Carved, ...], surprise: Taps, mix: Tensor, *, config: MoeTraining
+) -> tuple[Tensor, tuple[()]]:
+    """What the routers are taught beside the main loss, from inputs and surprise that are constants.
+
+    Args:
+        routers: of the carved layers.
+        seen: what these layers saw and decided in the pass that measured the surprise.
+        surprise: their taps; normalised here by their mean over the pairs that count.
+        mix: `adaptive_mix`: the share of load balance against surprise.
+        config: weights and temperature.
+
+    Returns:
+        A scalar, the mean over layers, and nothing else.
+    """
+    layers = zip(routers, seen, surprise, strict=True)
+    losses = [_layer_objective(*layer, mix, config=config)[0] for layer in layers]
+    return torch.stack(losses).mean(), ()
+
+
+def _layer_objective(
+    router: F.Router, seen: Carved, taps: Mapping[str, Tensor], mix: Tensor, *, config: MoeTraining
+) -> tuple[Tensor, tuple[()]]:
+    """One layer's term of `router_objective`, which no other router has a part in."""
+    teach = config.router
+    _, routing = qwen3.route(router, seen.x.detach(), config=config.moe)
+    scores = routing.scores / teach.temperature
+    values = taps["counterfactual" if teach.target == "counterfactual" else "surprise"].detach()
+    if teach.target == "normalised":
+        values = F.normalised_surprise(values, routing.weights.detach())
+    candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active
+    counted = candidates & torch.isfinite(values) & (values > 0).any(dim=-1, keepdim=True)
+    typical = torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
+    relative = values / torch.where(typical > 0, typical, 1)
+    by_surprise = F.router_loss(scores, relative, counted, w_ce=teach.w_ce, w_kl=teach.w_kl)
+    by_balance = F.load_balance_loss(scores, routing.active)
+    loss = (
+        (1 - mix) * by_surprise
+        + mix * by_balance
+        + teach.w_diversity * F.diversity_loss(router.prototypes, eps=config.moe.cosine_eps)
+        + teach.w_simplicity * F.simplicity_loss(router.prototypes)
+    )
+    return teach.weight * loss, ()
+
+
+def router_lesson(
+    router: F.Router, seen: Carved, taps: Mapping[str, Tensor], mix: Tensor, *, config: MoeTraining
+) -> F.Router:
+    """The gradient of `router_objective` with respect to one of its routers, times the number of carved layers.
+
+    Args:
+        router: of one carved layer.
+        seen: what this layer saw and decided.
+        taps: its own.
+        mix: see `router_objective`.
+        config: see `router_objective`.
+    """
+    gradient = tree.value_and_grad(_layer_objective, engine="func")
+    return gradient(router, seen, taps, mix, config=config)[1]
