@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from experiments import noise
+from experiments.command import exit_status
 from experiments.measure import Row, Run, compare, report
 from onn.hub import ModelSurprise, surprise
 from onn.hub.experts import IMPLEMENTATION, StockExperts, is_stock
@@ -194,4 +195,4 @@ def main(options: Options) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, prog="bench_hub.py", description=__doc__, args=sys.argv[1:]))
+    sys.exit(exit_status(lambda: main(tyro.cli(Options, prog="bench_hub.py", description=__doc__, args=sys.argv[1:]))))

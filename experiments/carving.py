@@ -34,12 +34,12 @@ from typing import Literal, get_args
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from experiments import noise, pipeline, presets
 from experiments.carving_figures import draw, table
 from experiments.carving_routers import Cut, Routed, evaluate, inputs, mlps, routers
 from experiments.presets import RunConfig
+from experiments.progress import progress
 from onn import carve, check, data, observe, partition, qwen3, train, tree, weights
 from onn.data import Batch, Corpus
 from onn.observe import Json
@@ -146,7 +146,7 @@ def pretrained(model: Model, corpus: Corpus, config: RunConfig) -> Model:
     settings = presets.step_config(config, phase="dense")
     pool = data.pool(corpus.train, corpus.train_mask, length=config.data.sequence_length)
     state = train.init_state(model)
-    for _ in tqdm(range(config.train.dense_steps), desc="dense", unit="step"):
+    for _ in progress(range(config.train.dense_steps), desc="dense", unit="step"):
         batch = data.sample_batch(pool, torch.rand(config.data.batch_size, 2, generator=draws))
         state, _ = train.step(state, batch, noise.rounding_bits(state.model, draws), settings)
     return state.model
@@ -207,7 +207,7 @@ def measure(
 ) -> Iterator[Point]:
     """Every method at every fraction under every router."""
     counts = [max(1, round(fraction * options.num_experts)) for fraction in options.fractions]
-    with tqdm(total=len(options.methods) * len(counts), desc="carved", unit="cut") as bar:
+    with progress(range(len(options.methods) * len(counts)), desc="carved", unit="cut") as bar:
         for method in options.methods:
             cut = None
             for k in counts:
@@ -231,7 +231,7 @@ def main(options: Options) -> int:
     before = time.monotonic()
     try:
         run(options, configuration(options))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{time.monotonic() - before:.0f} seconds")

@@ -8,6 +8,7 @@ cores, and 5 GB on the disk. Expected: a peak below 12 GiB, and a load below 1.3
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import tyro
 
 from experiments import noise, presets
+from experiments.command import exit_status
 from experiments.evaluate import generate
 from experiments.memory import Meter, peak_gib, return_large_blocks
 from experiments.pipeline import run
@@ -94,4 +96,4 @@ def main(checkpoint: Path, manifest: Path, out: Path, steps: int = 2, length: in
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(exit_status(lambda: tyro.cli(main)))

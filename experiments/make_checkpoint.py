@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from experiments import noise
+from experiments.command import exit_status
 from experiments.presets import QWEN3_06B
 from onn import check, data, qwen3, storage, tree, weights
 from onn.qwen3 import Qwen3Config
@@ -193,4 +195,4 @@ def main(folder: tyro.conf.Positional[Path], seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(exit_status(lambda: tyro.cli(main)))

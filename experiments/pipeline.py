@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-import transformers
 from torch import Tensor
-from tqdm import tqdm
 
-import onn.functional as F
-from experiments import noise, presets
-from experiments.compiling import compiled
+from experiments import guard, noise, presets, records
+from experiments.compiling import by_region
 from experiments.evaluate import Evaluation, evaluate, generate, parameter_count
+from experiments.facts import facts
+from experiments.journal import Journal, reborn_experts
+from experiments.keeping import METRICS, Generators, Keeper, Phase, Position, any_config
 from experiments.memory import Meter, return_large_blocks
+from experiments.page import write_page
+from experiments.page_data import write_experts
 from experiments.presets import RunConfig
+from experiments.progress import progress
 from experiments.report import write_report
-from onn import carve, check, data, objective, observe, qwen3, train, tree, weights
+from onn import carve, check, data, objective, observe, qwen3, storage, train, tree, weights
 from onn.data import Batch, Corpus, Tokenizer
 from onn.objective import StepConfig
 from onn.observe import Json
 from onn.qwen3 import Model
 from onn.train import Metrics, State
 
-Phase = Literal["dense", "moe", "dense_continued"]
 Step = Callable[[State, Batch, Model | tuple[()], StepConfig, Model | tuple[()]], tuple[State, Metrics]]
 
 
@@ -43,6 +44,19 @@ class Source:
     """Dense: freshly drawn, or read from a checkpoint."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run at work."""
+
+    config: RunConfig
+    folder: Path
+    source: Source
+    step: Step
+    keeper: Keeper
+    meter: Meter
+    signals: guard.Signals
+
+
 def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
     """Carry out the main job and leave everything it finds in `folder`.
 
@@ -51,53 +65,125 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
 
     Raises:
         ValueError: the folder holds a run already, or the data, the weights or the configuration do not fit.
+        OSError: the folder cannot be written, or the disk is full.
+        Stopped: asked to (Ctrl-C), or by steps that are not finite.
     """
-    check.require(not (folder / "metrics.jsonl").exists(), f"run: {folder} holds a run already; choose another --out.")
+    _require_new(folder)
+    meter = Meter()
+    with guard.Signals() as signals:
+        source = _prepared(config, meter)
+        folder.mkdir(parents=True, exist_ok=True)
+        with guard.alone(folder):
+            _require_new(folder)
+            storage.write_text(folder / "config.json", observe.encode(presets.save(config), indent=2) + "\n")
+            return _carry_out(config, folder, source, meter, signals, " ".join(sys.argv[1:]))
+
+
+def resume(folder: Path) -> Mapping[str, Json]:
+    """Go on with a run that was stopped, from its last whole checkpoint; the result is that of one never stopped.
+
+    Returns:
+        What `summary.json` holds; that of a finished run is left as it is.
+
+    Raises:
+        ValueError: there is no run, its configuration is not readable, or another process is at work on it.
+        OSError: as `run`.
+        Stopped: as `run`.
+    """
+    check.require(folder.is_dir(), f"{folder}: no such folder.")
+    with guard.alone(folder), guard.Signals() as signals:
+        done = finished(folder)
+        if done is not None:
+            print(f"{folder}: this run is finished.")
+            return done
+        config = saved_config(folder)
+        meter = Meter()
+        return _carry_out(config, folder, _prepared(config, meter), meter, signals, f"--replay {folder}")
+
+
+def finished(folder: Path) -> dict[str, Json] | None:
+    """What `summary.json` of a finished run holds."""
+    path = folder / "summary.json"
+    try:
+        summary = observe.decode(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
+        return None
+    return summary if isinstance(summary, dict) and summary.get("finished", True) else None
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration of a run's folder, or that of a checkpoint in it where `config.json` is gone.
+
+    Raises:
+        ValueError: there is none, or it is not one.
+    """
+    path = folder / "config.json"
+    if path.is_file():
+        return presets.load(presets.read(path), where=str(path))
+    kept = any_config(folder)
+    if kept is None:
+        raise ValueError(f"{folder}: holds no run: no config.json and no whole checkpoint.")
+    print(f"{path}: is missing; taking the configuration of a checkpoint.", file=sys.stderr)
+    return kept
+
+
+def _require_new(folder: Path) -> None:
+    there = any((folder / name).exists() for name in ("config.json", METRICS))
+    check.require(not there, f"run: {folder} holds a run already; choose another --out, or --resume it.")
+
+
+def _prepared(config: RunConfig, meter: Meter) -> Source:
     if config.checkpoint.name:
         return_large_blocks()
-    meter = Meter()
     with meter.part("prepare"):
         source = prepare(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    observe.write_json(folder / "config.json", presets.save(config))
+        data.check_vocabulary(source.corpus, vocab_size=config.model.vocab_size)
+        return source
+
+
+def _carry_out(
+    config: RunConfig, folder: Path, source: Source, meter: Meter, signals: guard.Signals, command: str
+) -> Mapping[str, Json]:
+    about = facts(source.corpus.fingerprint)
+    keeper = Keeper(folder, config, about, meter)
     held_out = held_out_batches(source.corpus, config)
-    step: Step = compiled(train.step) if config.train.compile else train.step
+    step: Step = partial(train.step, region=by_region()) if config.train.compile else train.step
+    job = Job(config=config, folder=folder, source=source, step=step, keeper=keeper, meter=meter, signals=signals)
 
-    def trained(model: Model, phase: Phase, steps: int, teacher: Model | tuple[()] = ()) -> Model:
-        with meter.part(phase):
-            return _train(model, phase, steps, teacher, step=step, source=source, config=config, folder=folder)
-
-    def evaluated(model: Model, phase: Phase) -> Evaluation:
+    def evaluated(model: Model, name: str, phase: Phase) -> Evaluation:
         with meter.part("evaluate"):
-            return evaluate(model, held_out, config=presets.step_config(config, phase=phase))
+            known = keeper.figures(name)
+            if known is None:
+                known = evaluate(model, held_out, config=presets.step_config(config, phase=phase))
+                keeper.keep_figures(name, known)
+        return known
 
-    dense = source.model
+    dense, position = source.model, Position(step=0, records=0, skipped=0)
     if config.train.dense_steps:
-        dense = trained(dense, "dense", config.train.dense_steps)
-    dense_figures = evaluated(dense, "dense")
+        dense, position = _trained(dense, "dense", config.train.dense_steps, position, job)
+    dense_figures = evaluated(dense, "dense", "dense")
     with meter.part("carve"):
         carved = carve.carve(dense, num_experts=config.sparse.moe.num_experts)
-    carved_figures = evaluated(carved, "moe")
+    carved_figures = evaluated(carved, "carved", "moe")
     print(f"carved: held-out loss {carved_figures.mean('loss'):.6f}, dense {dense_figures.mean('loss'):.6f}")
-    moe = trained(carved, "moe", config.train.steps, dense)
-    final = evaluated(moe, "moe")
+    moe, position = _trained(carved, "moe", config.train.steps, position, job, dense)
+    final = evaluated(moe, "moe", "moe")
     models = {"dense": dense, "moe": moe}
     continued = None
     if config.train.dense_continued:
-        models["dense_continued"] = trained(dense, "dense_continued", config.train.steps)
-        continued = evaluated(models["dense_continued"], "dense_continued")
+        models["dense_continued"], _ = _trained(dense, "dense_continued", config.train.steps, position, job)
+        continued = evaluated(models["dense_continued"], "dense_continued", "dense_continued")
     with meter.part("sample"):
         samples = _samples(moe, source, config)
     with meter.part("save"):
         for name, model in models.items():
             weights.save(model, folder / f"{name}.safetensors", metadata={"preset": config.preset, "phase": name})
-    records = observe.read_jsonl(folder / "metrics.jsonl")
+    steps = observe.read_jsonl(folder / METRICS)
     summary: dict[str, Json] = {
         "preset": config.preset,
-        "command": "uv run experiments/run.py " + " ".join(sys.argv[1:]),
-        **_figures(dense_figures, carved_figures, final, continued, records, config),
+        "command": f"uv run experiments/run.py {command}",
+        **records.figures(dense_figures, carved_figures, final, continued, steps, config),
         "parameters": parameter_count(moe),
-        "corpus_fingerprint": source.corpus.fingerprint,
         "corpus_domains": {
             name: {"train_tokens": len(tokens), "held_out_tokens": len(rest)}
             for name, tokens, rest in zip(
@@ -105,17 +191,22 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
             )
         },
         "samples": samples,
-        "versions": _versions(),
-        "threads": torch.get_num_threads(),
+        **about,
+        "resumed_from": keeper.resumed_from,
         "seconds": {**meter.seconds, "all": time.monotonic() - meter.started},
         "peak_memory_gib": {**meter.peak_gib},
+        "finished": False,
     }
     observe.write_json(folder / "summary.json", summary)
-    observe.curves(records, folder / "curves.png")
+    observe.curves(steps, folder / "curves.png")
     observe.expert_by_domain(final.usage(), final.domains, folder / "expert_by_domain.png")
     observe.surprise_map(final.surprise_by_expert(), folder / "surprise_map.png", per_layer=False)
     observe.surprise_map(final.surprise_by_expert(), folder / "surprise_map_per_layer.png", per_layer=True)
-    write_report(folder, summary, records)
+    write_experts(folder, final)
+    write_report(folder, summary, steps)
+    write_page(folder)
+    summary["finished"] = True
+    observe.write_json(folder / "summary.json", summary)
     return summary
 
 
@@ -162,45 +253,87 @@ def _corpus(config: RunConfig, tokenizer: Tokenizer) -> Corpus:
     return data.retokenized(embedded, tokenizer)
 
 
+def _trained(
+    model: Model, phase: Phase, steps: int, before: Position, job: Job, teacher: Model | tuple[()] = ()
+) -> tuple[Model, Position]:
+    """What a phase makes of a model, and where metrics.jsonl ends then; a phase that was finished is not repeated."""
+    with job.meter.part(phase), job.signals.patience():
+        kept = job.keeper.model(phase, model)
+        if kept is None:
+            kept = _train(model, phase, steps, before, job, teacher)
+            job.keeper.require_finite(phase, *kept)
+            job.keeper.keep_model(phase, *kept)
+    if job.signals.requested:
+        raise guard.Stopped(f"Stopped after phase {phase}. {job.keeper.last()}", status=guard.INTERRUPTED)
+    return kept
+
+
 def _train(
-    model: Model,
-    phase: Phase,
-    steps: int,
-    teacher: Model | tuple[()],
-    *,
-    step: Step,
-    source: Source,
-    config: RunConfig,
-    folder: Path,
-) -> Model:
-    settings = presets.step_config(config, phase=phase)
+    model: Model, phase: Phase, steps: int, before: Position, job: Job, teacher: Model | tuple[()]
+) -> tuple[Model, Position]:
+    config, settings = job.config, presets.step_config(job.config, phase=phase)
     draws = noise.generator(config.seed + (1 if phase == "dense" else 2))
     births = noise.generator(config.seed + 3)
     offset = 0 if phase == "dense" else config.train.dense_steps
-    held = [train.init_state(model)]
-    windows = data.pool(source.corpus.train, source.corpus.train_mask, length=config.data.sequence_length)
+    held, position = list[State](), Position(step=0, records=before.records, skipped=0)
+    kept = job.keeper.state(phase, model, Generators(draws.get_state(), births.get_state()))
+    if kept is None:
+        held.append(train.init_state(model))
+    else:
+        position = kept.position
+        draws.set_state(kept.generators.draws)
+        births.set_state(kept.generators.births)
+        held.append(kept.state)
+    del kept
+    windows = data.pool(job.source.corpus.train, job.source.corpus.train_mask, length=config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
-    with observe.MetricsWriter(folder / "metrics.jsonl") as log, tqdm(total=steps, desc=phase, unit="step") as bar:
-        for position in range(steps):
-            before = time.monotonic()
+    with (
+        Journal(job.folder, phase=phase, records=position.records, step=offset + position.step) as log,
+        progress(range(steps), initial=position.step, desc=phase, unit="step") as bar,
+    ):
+        while position.step < steps:
+            began = time.monotonic()
             batch = data.sample_batch(windows, torch.rand(config.data.batch_size, 2, generator=draws))
-            metrics = _advance(held, batch, draws, settings, teacher, step)
-            reborn = 0
-            if settings.sparse is not None and (position + 1) % config.train.rebirth_every == 0:
+            metrics = _advance(held, batch, draws, settings, teacher, job.step)
+            born: list[Json] = []
+            if settings.sparse is not None and (position.step + 1) % config.train.rebirth_every == 0:
                 fresh = tuple(
                     torch.randn(layer.router.prototypes.shape, generator=births)
                     for layer in objective.carved_layers(held[0].model)
                 )
-                held[0], born = train.lifecycle(
-                    held[0], fresh, config=settings.sparse, scale=config.train.rebirth_scale
-                )
-                reborn = int(born.sum())
-            record = _record(metrics, settings, step=offset + position, phase=phase, reborn=reborn)
-            record["tokens_per_second"] = tokens / (time.monotonic() - before)
-            log.write(record)
-            bar.set_postfix_str(_postfix(record), refresh=False)
+                was = [layer.router.prototypes for layer in objective.carved_layers(held[0].model)]
+                held[0], _ = train.lifecycle(held[0], fresh, config=settings.sparse, scale=config.train.rebirth_scale)
+                now = [layer.router.prototypes for layer in objective.carved_layers(held[0].model)]
+                born = reborn_experts(was, now)
+            record = records.step_record(metrics, settings, step=offset + position.step, phase=phase, reborn=len(born))
+            if born:
+                record["born"] = born
+            record["tokens_per_second"] = tokens / (time.monotonic() - began)
+            log.write(record, metrics, held[0].model)
+            bar.set_postfix_str(records.progress_text(record), refresh=False)
             bar.update()
-    return held[0].model
+            position = position.after(skipped=bool(metrics.skipped))
+            _require_finite(record, position, job)
+            if position.step < steps and (job.signals.requested or job.keeper.is_due(position)):
+                job.keeper.keep_state(phase, held[0], position, Generators(draws.get_state(), births.get_state()))
+            if position.step < steps and job.signals.requested:
+                raise guard.Stopped(
+                    f"Stopped after step {position.step} of {phase}. {job.keeper.last()}", status=guard.INTERRUPTED
+                )
+    return held[0].model, position
+
+
+def _require_finite(record: Mapping[str, Json], position: Position, job: Job) -> None:
+    """Stop a run whose steps were not finite, as configured."""
+    settings = job.config.train
+    limit = 1 if settings.on_non_finite == "stop" else settings.max_skipped
+    if limit and position.skipped >= limit:
+        raise guard.Stopped(
+            f"{record['phase']}, step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}: "
+            f"not finite, {position.skipped} in a row, all skipped. train.on_non_finite is {settings.on_non_finite}, "
+            f"train.max_skipped {settings.max_skipped}. {job.keeper.last()}",
+            status=guard.NOT_FINITE,
+        )
 
 
 def _advance(
@@ -218,77 +351,6 @@ def _advance(
     return metrics
 
 
-def _record(metrics: Metrics, settings: StepConfig, *, step: int, phase: Phase, reborn: int) -> dict[str, Json]:
-    loss, tau = float(metrics.loss), float(metrics.tau)
-    record: dict[str, Json] = {"step": step, "phase": phase, "loss": loss, "tau": tau}
-    record["error_over_tau"] = loss / max(tau, settings.integrity.tau_floor)
-    record["divergence"] = float(metrics.divergence) if isinstance(metrics.divergence, Tensor) else None
-    sparse = dict.fromkeys(
-        ("surprise", "pi", "active_per_token", "target_active_per_token", "gate_accuracy", "gate_chance"), None
-    )
-    record |= sparse | {"dead_experts": None, "reborn": None}
-    if isinstance(metrics.sparse, objective.SparseMetrics) and settings.sparse is not None:
-        seen, experts = metrics.sparse, settings.sparse.moe.num_experts
-        record |= {
-            "surprise": float(seen.surprise),
-            "pi": float(seen.pi),
-            "active_per_token": float(seen.active_share) * experts,
-            "target_active_per_token": float(seen.target_share) * experts,
-            "gate_accuracy": float(seen.gate.accuracy),
-            "gate_chance": float(seen.gate.chance),
-            "dead_experts": int((seen.usage.active == 0).sum()),
-            "reborn": reborn,
-            "non_finite_surprise": int(seen.non_finite),
-        }
-    return record | {
-        "accuracy": float(metrics.accuracy),
-        "learning_rate": float(metrics.learning_rate),
-        "grad_norm": float(metrics.grad_norm),
-        "skipped": bool(metrics.skipped),
-    }
-
-
-def _postfix(record: Mapping[str, Json]) -> str:
-    shown = {"loss": ".3f", "pi": ".3f", "active_per_token": ".1f", "tokens_per_second": ".0f"}
-    names = {"pi": "PI", "active_per_token": "active", "tokens_per_second": "tok/s"}
-    values = {name: observe.number(record, name) for name in shown}
-    return ", ".join(
-        f"{names.get(name, name)} {value:{shown[name]}}" for name, value in values.items() if value is not None
-    )
-
-
-def _figures(
-    dense: Evaluation,
-    carved: Evaluation,
-    final: Evaluation,
-    continued: Evaluation | None,
-    records: list[dict[str, Json]],
-    config: RunConfig,
-) -> dict[str, Json]:
-    before, after = final.dead()
-    series = [value for record in records if (value := observe.number(record, "pi")) is not None]
-    integral = F.integrity_integral(torch.tensor(series), delta=config.integrity.delta) if series else None
-    return {
-        "dense_loss": dense.mean("loss"),
-        "carved_loss": carved.mean("loss"),
-        "final_loss": final.mean("loss"),
-        "dense_continued_loss": None if continued is None else continued.mean("loss"),
-        "pi": final.sparse_mean("pi"),
-        "pi_integral": None if integral is None else float(integral),
-        "tau": final.mean("tau"),
-        "surprise": final.sparse_mean("surprise"),
-        "active_fraction": final.sparse_mean("active_share"),
-        "target_active_fraction": config.sparse.density.target,
-        "gate_accuracy": final.sparse_mean("gate_accuracy"),
-        "gate_chance": final.sparse_mean("gate_chance"),
-        "dead_before_fallback": before,
-        "dead_after_fallback": after,
-        "expert_domain_information_nats": final.expert_domain_information(),
-        "per_domain": final.per_domain(num_experts=config.sparse.moe.num_experts),
-        "per_domain_dense_continued": None if continued is None else continued.per_domain(num_experts=1),
-    }
-
-
 def _samples(model: Model, source: Source, config: RunConfig) -> dict[str, Json]:
     draws = noise.generator(config.seed + 4)
     settings = presets.step_config(config, phase="moe")
@@ -299,12 +361,3 @@ def _samples(model: Model, source: Source, config: RunConfig) -> dict[str, Json]
         written = generate(model, prompt, uniform, temperature=config.sample.temperature, config=settings)
         texts[name] = f"{source.tokenizer.decode(prompt)} ⟹ {source.tokenizer.decode(written[len(prompt) :])}"
     return texts
-
-
-def _versions() -> dict[str, Json]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-    }

@@ -19,9 +19,10 @@ from onn.objective import (
     RouterConfig,
     StepConfig,
 )
+from onn.observe import Json, decode
 from onn.qwen3 import MoeConfig, Qwen3Config
 
-VERSION = 2
+VERSION = 3
 """Of saved configurations; `load` upgrades older ones."""
 
 _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
@@ -29,7 +30,8 @@ _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
         2: {
             "sparse": {"distill": {"weight": 0.0, "temperature": 1.0}},
             "sparse.moe": {"route": "threshold", "top_k": 1, "normalise": True},
-        }
+        },
+        3: {"train": {"checkpoint_every": 0, "checkpoints_kept": 2, "on_non_finite": "skip", "max_skipped": 0}},
     }
 )
 """The values that each version added, by the part that holds them, and what was done before they could be chosen."""
@@ -78,7 +80,20 @@ class TrainConfig:
     """How far a reborn prototype moves from its donor's, relative to its length."""
     dtype: Literal["bfloat16", "float32"]
     compile: bool
-    """Compile the step; needs a C++ compiler on a CPU, and pays off for long runs."""
+    """Compile the step, each kind of layer once; needs a C++ compiler on a CPU, and pays off for long runs."""
+    checkpoint_every: int
+    """Steps between two checkpoints of everything, which `--resume` goes on from; 0 keeps none."""
+    checkpoints_kept: int
+    """The last ones; each takes five times the room of a bfloat16 model, or three times that of a float32 one."""
+    on_non_finite: Literal["skip", "stop"]
+    """After a step whose loss or gradient is not finite, and which therefore changed nothing."""
+    max_skipped: int
+    """Stop all the same after so many of these in a row; 0 never."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can keep to."""
+        for name, least in (("checkpoint_every", 0), ("checkpoints_kept", 1), ("max_skipped", 0)):
+            check.at_least("train", name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,6 +188,10 @@ TINY = RunConfig(
         rebirth_scale=0.5,
         dtype="bfloat16",
         compile=False,
+        checkpoint_every=50,
+        checkpoints_kept=2,
+        on_non_finite="skip",
+        max_skipped=10,
     ),
     optim=OptimConfig(lr=2e-3, warmup=20, floor=0.1, beta1=0.9, beta2=0.98, eps=1e-8, weight_decay=0.1, clip_norm=1.0),
     pretrain=OptimConfig(
@@ -229,7 +248,7 @@ def step_config(config: RunConfig, *, phase: Literal["dense", "moe", "dense_cont
         optim=config.pretrain if dense else config.optim,
         integrity=config.integrity,
         total_steps=config.train.dense_steps if dense else config.train.steps,
-        engine="func" if config.train.compile else "autograd",
+        engine="autograd",
     )
 
 
@@ -252,6 +271,38 @@ def load(values: Mapping[str, Value], *, where: str) -> RunConfig:
         for part, new in added.items():
             current = _extended(current, part.split("."), new, where)
     return from_dict(RunConfig, current, where=where)
+
+
+def read(path: Path) -> dict[str, Value]:
+    """The values of a file that `save` filled.
+
+    Raises:
+        ValueError: not a JSON object of configuration values.
+    """
+    try:
+        values = decode(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}.") from error
+    return plain(values, where=str(path))
+
+
+def plain(values: Json, *, where: str) -> dict[str, Value]:
+    """JSON values as those of a configuration, which has no lists.
+
+    Raises:
+        ValueError: not an object, or a list in it.
+    """
+
+    def value(name: str, child: Json) -> Value:
+        if isinstance(child, Mapping):
+            return plain(child, where=f"{where}: {name}")
+        if child is None or isinstance(child, str | int | float | bool):
+            return child
+        raise ValueError(f"{where}: {name}: expected no list.")
+
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected an object.")
+    return {name: value(name, child) for name, child in values.items()}
 
 
 def _extended(values: Mapping[str, Value], part: list[str], new: Mapping[str, Value], where: str) -> dict[str, Value]:

@@ -9,11 +9,10 @@ command line that repeats the run. Whatever else a summary holds is listed near 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote
 
+from experiments.page_blocks import Bullets, Details, Files, Literal, Picture, Piece, Table, Text, markdown
 from onn import check
 from onn.observe import Json, Record, decode, encode, number
 
@@ -83,21 +82,21 @@ def write_report(folder: Path, summary: Mapping[str, Json], records: Sequence[Re
     Raises:
         ValueError: the summary lacks a required key or holds something else than a number there; the message names it.
     """
-    title = [f"# Run `{folder.resolve().name}`", "", verdict(summary), ""]
     sections = [
-        ("In short", _table(("quantity", "value"), _rows(summary))),
-        ("What was run", _setting(folder, records)),
-        ("Held-out loss", _losses(summary)),
-        ("Domains", _domains(summary)),
-        ("Health", _health(summary, records)),
+        ("In short", headline(summary)),
+        ("What was run", setting(folder, records)),
+        ("Held-out loss", losses(summary)),
+        ("Domains", domains(summary)),
+        ("Health", health(summary, records)),
         ("Figures", _figures(folder)),
-        ("What else was recorded", _rest(summary)),
-        ("Files", _files(folder)),
-        ("Run it again", _rerun(summary)),
+        ("What else was recorded", rest(summary, told=())),
+        ("Files", files(folder)),
+        ("Run it again", rerun(summary)),
     ]
-    body = [line for heading, lines in sections if lines for line in (f"## {heading}", "", *lines, "")]
+    lines = [f"# Run `{folder.resolve().name}`", "", verdict(summary), ""]
+    lines += [line for name, pieces in sections if pieces for line in (f"## {name}", "", *markdown(pieces), "")]
     path = folder / "report.md"
-    path.write_text("\n".join(title + body), encoding="utf-8", errors="backslashreplace")
+    path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
     return path
 
 
@@ -119,124 +118,144 @@ def verdict(summary: Mapping[str, Json]) -> str:
     if abs(gap) < 0.01:
         result = f"A draw: the Hyper-SMoE ends {gap:+.4f} nats from the dense model trained for as long{used}."
     elif gap < 0:
-        result = f"The Hyper-SMoE ends {_show(-gap)} nats better than the dense model trained for as long{used}."
+        result = f"The Hyper-SMoE ends {show(-gap)} nats better than the dense model trained for as long{used}."
     else:
-        result = f"The Hyper-SMoE lost: it ends {_show(gap)} nats worse than the dense model trained for as long{used}."
+        result = f"The Hyper-SMoE lost: it ends {show(gap)} nats worse than the dense model trained for as long{used}."
     return result + " One run with one seed says nothing about the spread between seeds."
 
 
+def headline(summary: Mapping[str, Json]) -> list[Piece]:
+    """The numbers that matter most."""
+    return [Table(("quantity", "value"), _rows(summary))]
+
+
 def _rows(summary: Mapping[str, Json]) -> list[tuple[str, str]]:
-    losses = [(f"loss [nats/token]: {name}", _number(summary, key)) for key, name in LOSSES]
+    models = [(f"loss [nats/token]: {name}", _number(summary, key)) for key, name in LOSSES]
     others = [("predictive integrity, PI", _number(summary, "pi"))]
     others += [("active share of the experts", _number(summary, "active_fraction"))]
     others += [(name, _number(summary, key)) for key, name in OPTIONAL if key in summary]
-    return [(name, _show(value)) for name, value in losses + others]
+    return [(name, show(value)) for name, value in models + others]
 
 
-def _setting(folder: Path, records: Sequence[Record]) -> list[str]:
-    phases = list(dict.fromkeys(phase for record in records if isinstance(phase := record.get("phase"), str)))
+def setting(folder: Path, records: Sequence[Record]) -> list[Piece]:
+    """What was run, in short and in full."""
     rows = []
-    for phase in phases:
+    for phase in phases(records):
         own = [record for record in records if record.get("phase") == phase]
-        rows.append((f"`{phase}`", str(len(own)), _show(_mean(own, "tokens_per_second"))))
-    lines = _table(("phase", "steps recorded", "tokens per second, mean"), rows) if rows else ["No step was recorded."]
+        rows.append((f"`{phase}`", str(len(own)), show(_mean(own, "tokens_per_second"))))
+    table: Piece = Text("No step was recorded.")
+    if rows:
+        table = Table(("phase", "steps recorded", "tokens per second, mean"), rows)
     config = folder / "config.json"
     if not config.exists():
-        return [*lines, "", "There is no `config.json`."]
-    entries = list(_flatten(decode(config.read_text(encoding="utf-8")), ""))
-    facts = [f"{name} {text}" for name, text in entries if name.rpartition(".")[2] in KEY_FACTS]
-    details = ["<details><summary>Every value of the configuration</summary>", "", *_listing(entries), "", "</details>"]
-    return ["Configuration: " + (_cell("; ".join(facts)) or "see below") + ".", "", *lines, "", *details]
+        return [table, Text("There is no `config.json`.")]
+    entries = list(flatten(decode(config.read_text(encoding="utf-8")), ""))
+    facts = [f"{name} {' '.join(text.split())}" for name, text in entries if name.rpartition(".")[2] in KEY_FACTS]
+    return [
+        Text("Configuration: " + ("; ".join(facts) or "see below") + "."),
+        table,
+        Details("Every value of the configuration", listing(entries)),
+    ]
 
 
-def _losses(summary: Mapping[str, Json]) -> list[str]:
+def phases(records: Sequence[Record]) -> list[str]:
+    """Names of the phases that have records, in order."""
+    return list(dict.fromkeys(phase for record in records if isinstance(phase := record.get("phase"), str)))
+
+
+def losses(summary: Mapping[str, Json]) -> list[Piece]:
+    """The losses of all models, and what may be compared with what."""
     dense, carved, final, rival = values = [_number(summary, key) for key, _ in LOSSES]
     rows = [
-        (name, _show(value), _show(_perplexity(value)), _change(rival, value))
+        (name, show(value), show(_perplexity(value)), change(rival, value))
         for (_, name), value in zip(LOSSES, values, strict=True)
     ]
     return [
-        *_table(("model", "loss [nats per token]", "perplexity", "against dense, trained on"), rows),
-        "",
-        f"The carve, before any training as experts, changed the loss by {_change(dense, carved)} nats; training the "
-        f"experts changed it by {_change(carved, final)} nats. Against the dense model at the moment of the carve "
-        f"that makes {_change(dense, final)} nats, but the experts were trained for longer than that model: the "
-        "comparison that counts is with the dense model trained on.",
-        "",
-        "Lower is better; `-` means not measured or not finite.",
+        Table(("model", "loss [nats per token]", "perplexity", "against dense, trained on"), rows),
+        Text(
+            f"The carve, before any training as experts, changed the loss by {change(dense, carved)} nats; training "
+            f"the experts changed it by {change(carved, final)} nats. Against the dense model at the moment of the "
+            f"carve that makes {change(dense, final)} nats, but the experts were trained for longer than that model: "
+            "the comparison that counts is with the dense model trained on."
+        ),
+        Text("Lower is better; `-` means not measured or not finite."),
     ]
 
 
-def _domains(summary: Mapping[str, Json]) -> list[str]:
-    domains = _mapping(summary, "per_domain", "summary")
-    tables = {name: _mapping(domains, name, "summary.per_domain") for name in domains}
+def domains(summary: Mapping[str, Json]) -> list[Piece]:
+    """The held-out figures of every domain."""
+    found = _mapping(summary, "per_domain", "summary")
+    tables = {name: _mapping(found, name, "summary.per_domain") for name in found}
     keys = list(dict.fromkeys(key for table in tables.values() for key in table))
     if not keys:
-        return ["Not measured by domain."]
+        return [Text("Not measured by domain.")]
     known = dict(DOMAIN_HEADINGS)
     ordered = [key for key in known if key in keys] + [key for key in keys if key not in known]
     rows = [
-        (name, *(_show(_number(table, key, f"summary.per_domain.{name}") if key in table else None) for key in ordered))
+        (name, *(show(_number(table, key, f"summary.per_domain.{name}") if key in table else None) for key in ordered))
         for name, table in tables.items()
     ]
     note = "Losses of different domains are not comparable: some texts are easier to predict than others."
-    return [*_table(("domain", *(known.get(key, key.replace("_", " ")) for key in ordered)), rows), "", note]
+    return [Table(("domain", *(known.get(key, key.replace("_", " ")) for key in ordered)), rows), Text(note)]
 
 
-def _health(summary: Mapping[str, Json], records: Sequence[Record]) -> list[str]:
+def health(summary: Mapping[str, Json], records: Sequence[Record]) -> list[Piece]:
+    """How the experts were at the end, and how far each figure can be trusted."""
     own = [record for record in records if record.get("phase") == "moe"]
     tail = own[-max(1, len(own) // 10) :]
     names = ["tau", "error_over_tau", "surprise", "pi", "active_per_token", "target_active_per_token", "gate_accuracy"]
     names += ["gate_chance", "dead_experts"]
     means = {name: _mean(tail, name) for name in names}
-    rows = [(f"`{name}`", _show(value)) for name, value in means.items()]
-    rows += [(f"`{name}`, sum over the phase", _show(_total(own, name))) for name in ("skipped", "reborn")]
-    lines = _table(("phase `moe`", f"mean of the last {len(tail)} steps"), rows)
-    lines += [
-        "",
-        f"- **PI** ({_show(_number(summary, 'pi'))} at the end) measures calibration more than skill: a model that "
+    rows = [(f"`{name}`", show(value)) for name, value in means.items()]
+    rows += [(f"`{name}`, sum over the phase", show(_total(own, name))) for name in ("skipped", "reborn")]
+    notes = [
+        f"**PI** ({show(number(summary, 'pi'))} at the end) measures calibration more than skill: a model that "
         "knows little and says so has a loss equal to tau, and scores the same as one that knows much, but for "
         "the surprise. It also collapses as tau goes to 0. Never compare two models by PI alone.",
-        "- **error / tau** is the loss over the entropy of the model's own predictions. 1 is calibrated; above 1 "
+        "**error / tau** is the loss over the entropy of the model's own predictions. 1 is calibrated; above 1 "
         "the model is surer than it is right, below 1 it is less sure than it could be.",
-        "- **surprise** is the mean gradient norm of the active pairs of token and expert. It falls when experts "
+        "**surprise** is the mean gradient norm of the active pairs of token and expert. It falls when experts "
         "learn their tokens, but also when combine weights get smaller.",
     ]
     ratio, accuracy, chance = means["error_over_tau"], means["gate_accuracy"], means["gate_chance"]
     if ratio is not None and abs(ratio - 1) > 0.1:
-        lines.append(f"- Mind: the model is too {'sure' if ratio > 1 else 'unsure'} of itself.")
+        notes.append(f"Mind: the model is too {'sure' if ratio > 1 else 'unsure'} of itself.")
     if accuracy is not None and chance is not None and accuracy <= chance:
-        lines.append("- Mind: the router names the least surprised expert no more often than chance does.")
+        notes.append("Mind: the router names the least surprised expert no more often than chance does.")
     if (means["dead_experts"] or 0) > 0:
-        lines.append("- Mind: some experts were chosen by no token of a step.")
+        notes.append("Mind: some experts were chosen by no token of a step.")
     if (_total(own, "skipped") or 0) > 0:
-        lines.append("- Mind: some updates were skipped; `metrics.jsonl` says which.")
-    return lines
+        notes.append("Mind: some updates were skipped; `metrics.jsonl` says which.")
+    return [Table(("phase `moe`", f"mean of the last {len(tail)} steps"), rows), Bullets(notes)]
 
 
-def _figures(folder: Path) -> list[str]:
-    shown = [figure for figure in FIGURES if (folder / figure[0]).exists()]
-    lines = [line for file, title, text in shown for line in (f"### {title}", "", f"![{title}]({file})", "", text, "")]
-    return lines[:-1] or ["None was drawn."]
+def _figures(folder: Path) -> list[Piece]:
+    shown = [Picture(*figure) for figure in FIGURES if (folder / figure[0]).exists()]
+    return [*shown] or [Text("None was drawn.")]
 
 
-def _rest(summary: Mapping[str, Json]) -> list[str]:
-    told = {"pi", "active_fraction", "per_domain", "command"} | {key for key, _ in LOSSES + OPTIONAL}
-    return _listing(list(_flatten({key: value for key, value in summary.items() if key not in told}, "")))
+def rest(summary: Mapping[str, Json], *, told: Sequence[str]) -> list[Piece]:
+    """Whatever of a summary has no place elsewhere: `told` names what has, beside what every report tells."""
+    known = {"pi", "active_fraction", "per_domain", "command", *told} | {key for key, _ in LOSSES + OPTIONAL}
+    return listing(list(flatten({key: value for key, value in summary.items() if key not in known}, "")))
 
 
-def _files(folder: Path) -> list[str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "report.md")
-    names = [path.relative_to(folder).as_posix() for path in files]
-    links = [f"[{_cell(name)}]({quote(name)})" for name in names]
-    sizes = [f"{path.stat().st_size:,}" for path in files]
-    return _table(("file", "bytes"), list(zip(links, sizes, strict=True)))
+def files(folder: Path) -> list[Piece]:
+    """Links to the files and folders of a run, but for the reports themselves."""
+    rows = []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith((".", "report.")):
+            inner = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            size = sum(file.stat().st_size for file in inner)
+            rows.append((path.name + "/" * path.is_dir(), f"{size:,}"))
+    return [Files(rows)]
 
 
-def _rerun(summary: Mapping[str, Json]) -> list[str]:
+def rerun(summary: Mapping[str, Json]) -> list[Piece]:
+    """The command that repeats a run."""
     command = summary.get("command")
     text = command if isinstance(command, str) else "uv run experiments/run.py"
-    return ["From the root of the repository, with the values of `config.json`:", "", *_fenced(text)]
+    return [Text("From the root of the repository, with the values of `config.json`:"), Literal("", text)]
 
 
 def _number(table: Mapping[str, Json], key: str, where: str = "summary") -> float | None:
@@ -279,7 +298,8 @@ def _perplexity(loss: float | None) -> float | None:
     return None if loss is None or loss > 700 else math.exp(loss)
 
 
-def _show(value: float | None) -> str:
+def show(value: float | None) -> str:
+    """A number as short as it may be; `-` where there is none."""
     if value is None:
         return "-"
     if value == int(value) and abs(value) < 1e9:
@@ -288,42 +308,28 @@ def _show(value: float | None) -> str:
     return f"{value:.4f}" if 0.01 <= size < 1000 else f"{value:.0f}" if 1000 <= size < 1e9 else f"{value:.3g}"
 
 
-def _change(before: float | None, after: float | None) -> str:
+def change(before: float | None, after: float | None) -> str:
+    """A difference with its sign."""
     return "-" if before is None or after is None else f"{after - before:+.4f}"
 
 
-def _flatten(value: Json, name: str) -> Iterator[tuple[str, str]]:
+def flatten(value: Json, name: str) -> Iterator[tuple[str, str]]:
     """Dotted names and texts of the leaves; a list without mappings is one leaf."""
     if isinstance(value, Mapping):
         for key, child in value.items():
-            yield from _flatten(child, f"{name}.{key}" if name else key)
+            yield from flatten(child, f"{name}.{key}" if name else key)
     elif isinstance(value, str):
         yield name, value
     elif isinstance(value, Sequence) and any(isinstance(child, Mapping | str) for child in value):
         for position, child in enumerate(value):
-            yield from _flatten(child, f"{name}.{position}")
+            yield from flatten(child, f"{name}.{position}")
     else:
         yield name, encode(value, indent=None)
 
 
-def _listing(entries: Sequence[tuple[str, str]]) -> list[str]:
-    """A table of the short texts, then the long ones in blocks."""
+def listing(entries: Sequence[tuple[str, str]]) -> list[Piece]:
+    """A table of the short texts, then the long ones each by itself."""
     long = [(name, text) for name, text in entries if "\n" in text or len(text) > 100]
     short = [(f"`{name}`", text) for name, text in entries if (name, text) not in long]
-    blocks = [line for name, text in long for line in ("", f"`{name}`:", "", *_fenced(text))]
-    return (_table(("name", "value"), short) if short else []) + blocks
-
-
-def _fenced(text: str) -> list[str]:
-    shown = text if len(text) <= 2000 else text[:2000] + " [cut; all of it is in summary.json]"
-    fence = "`" * (1 + max([2, *(len(run) for run in re.findall("`+", shown))]))
-    return [f"{fence}text", shown, fence]
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    rule = " | ".join(["---", *["---:"] * (len(header) - 1)])
-    return [f"| {' | '.join(header)} |", f"| {rule} |", *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())
+    table: list[Piece] = [Table(("name", "value"), short)] if short else []
+    return table + [Literal(f"`{name}`", text) for name, text in long]

@@ -6,28 +6,42 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
-from experiments.pipeline import run
+from experiments.guard import INTERRUPTED, Stopped
+from experiments.pipeline import resume, run
 from experiments.presets import PRESETS, RunConfig
+from experiments.replay import replay, table
 from experiments.report import summary_table
 from onn import check
 
 DESCRIPTION = """Train a dense Qwen3, carve its MLPs into experts, train these by surprise, and report.
 
 run.py [PRESET] [--out DIR] [any value of the preset, such as --train.steps 20 --seed 3]
+run.py --resume DIR: go on with a run that was stopped, from its last whole checkpoint
+run.py --replay DIR [--out NEW]: repeat a finished run and compare
 
 Presets: tiny (default: the whole pipeline on two CPU cores in minutes), qwen3-0.6b (the real checkpoint in weights/).
+Exit status: 0 done, 1 a replay differed, 2 refused, 3 stopped by steps that are not finite, 130 interrupted.
 """
 
 
-def parse(arguments: Sequence[str]) -> tuple[RunConfig, Path]:
-    """The configuration and the run folder that a command line asks for.
+class Order(NamedTuple):
+    """What a command line asks for."""
+
+    config: RunConfig
+    out: Path
+    resume: Path | None
+    replay: Path | None
+
+
+def parse(arguments: Sequence[str]) -> Order:
+    """What a command line asks for.
 
     Raises:
-        ValueError: an unknown preset; the nearest name is suggested.
+        ValueError: an unknown preset (the nearest name is suggested), or values for a run that has its own.
         SystemExit: tyro found an unknown option or value, and has said so, or was asked for help.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
@@ -37,20 +51,50 @@ def parse(arguments: Sequence[str]) -> tuple[RunConfig, Path]:
     def options(
         config: Annotated[RunConfig, tyro.conf.arg(name="")] = PRESETS[name],
         out: Annotated[Path | None, tyro.conf.arg(help="Folder of the run; without it runs/<preset>-<time>.")] = None,
-    ) -> tuple[RunConfig, Path]:
-        return config, out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        resume: Annotated[Path | None, tyro.conf.arg(help="Folder of a run to go on with.")] = None,
+        replay: Annotated[Path | None, tyro.conf.arg(help="Folder of a finished run to repeat.")] = None,
+    ) -> Order:
+        given = resume or replay
+        own = f"{given.name}-replay" if replay and given else name
+        if given is not None:
+            check.require(
+                not named and config == PRESETS[name] and not (resume and (replay or out)),
+                f"run.py: {given} brings its own configuration; --resume takes nothing else, --replay only --out.",
+            )
+        return Order(config, out or Path("runs") / f"{own}-{datetime.now():%Y%m%d-%H%M%S}", resume, replay)
 
     return tyro.cli(options, prog="run.py", description=DESCRIPTION, args=list(arguments[1:] if named else arguments))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one configuration; the exit status."""
+    """Carry out what a command line asks for; the exit status."""
+    folder: Path | None = None
     try:
-        config, folder = parse(arguments)
-        summary = run(config, folder)
+        order = parse(arguments)
+        folder = order.resume or order.out
+        return _carried_out(order)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: {folder}: {error.strerror or error}{place}; checkpoints are as they were.", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; go on with: uv run experiments/run.py --resume {folder}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _carried_out(order: Order) -> int:
+    if order.replay is not None:
+        rows = replay(order.replay, order.out)
+        print(f"\n{table(rows)}\n\nReplay: {order.out}")
+        return 1 if any(row.first for row in rows) else 0
+    folder = order.resume or order.out
+    summary = resume(folder) if order.resume else run(order.config, folder)
     print(f"\n{summary_table(summary)}\n\nReport: {folder / 'report.md'}")
     return 0
 

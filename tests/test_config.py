@@ -213,6 +213,29 @@ def test_the_first_version_means_what_it_meant() -> None:
     )
 
 
+def test_before_there_were_checkpoints_none_was_written_and_every_step_could_be_skipped() -> None:
+    train = presets.load(read(SAVED / "v2-tiny.json"), where="v2-tiny.json").train
+    assert (train.checkpoint_every, train.on_non_finite, train.max_skipped) == (0, "skip", 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"seed": NaN}', "not JSON"),
+        (b"[]", "expected an object"),
+        (b'{"train": {"steps": [1]}}', "train: steps: expected no list"),
+    ],
+)
+def test_a_file_that_holds_no_configuration_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}"):
+        presets.read(path)
+
+
 def test_an_upgrade_adds_values_and_changes_none() -> None:
     old = read(SAVED / "v1-tiny.json")
     new = presets.save(presets.load(old, where="v1-tiny.json"))

@@ -13,7 +13,8 @@ import onn.functional as F
 from onn import carve, objective, qwen3, train, tree
 from onn.functional.transform import Taps
 from onn.objective import DistillConfig, StepConfig, distillation_loss, language_loss, soft_targets
-from onn.qwen3 import Model, Output
+from onn.qwen3 import Model
+from onn.region import Region
 from onn.train import Metrics, State
 from tests.support import assert_close, assert_same, can_compile, normal, tolerance
 from tests.test_qwen3 import parameters
@@ -117,7 +118,7 @@ def test_weight_without_a_teacher_is_refused() -> None:
 def test_without_weight_no_teacher_is_asked_and_the_step_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = train.step(student(), batch(0), (), SETTINGS)
     passes = []
-    forward = qwen3.forward
+    hidden_states = qwen3.hidden_states
 
     def counted(
         model: Model,
@@ -126,11 +127,12 @@ def test_without_weight_no_teacher_is_asked_and_the_step_is_the_plain_one(monkey
         *,
         config: qwen3.Qwen3Config,
         moe: qwen3.MoeConfig | None,
-    ) -> Output:
+        region: Region,
+    ) -> tuple[Tensor, tuple[qwen3.Carved, ...]]:
         passes.append(model)
-        return forward(model, tokens, taps, config=config, moe=moe)
+        return hidden_states(model, tokens, taps, config=config, moe=moe, region=region)
 
-    monkeypatch.setattr(qwen3, "forward", counted)
+    monkeypatch.setattr(qwen3, "hidden_states", counted)
     got = train.step(student(), batch(0), (), taught(weight=0.0), TEACHER)
     assert len(passes) == 1
     assert got[1].divergence == ()

@@ -115,7 +115,7 @@ def test_the_whole_way_with_a_teacher_leaves_a_report_and_says_what_each_part_co
     assert [type(record["divergence"]) for record in records] == [float, float]
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"summary.json", "report.md", "moe.safetensors"}
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    parts = ["prepare", "evaluate", "carve", "moe", "sample", "save"]
+    parts = ["prepare", "evaluate", "carve", "moe_checkpoints", "moe", "sample", "save"]
     assert sorted(summary["peak_memory_gib"]) == sorted(parts)
     assert sorted(summary["seconds"]) == sorted([*parts, "all"])
     lines = full_size.table(meters).splitlines()
@@ -161,14 +161,14 @@ def test_a_state_and_a_noise_that_are_handed_over_are_let_go_leaf_by_leaf(monkey
     held = [State(*tree.map1(torch.clone, state))]
     references = [*watched(held[0].model), *watched(held[0].optimizer.mean), *watched(bits[0])]
     counts = []
-    group = train._group
+    pieces = train._pieces
 
-    def counted(leaves: list[torch.Tensor]) -> int:
-        counts.append(sum(reference() is not None for reference in references))
-        return group(leaves)
+    def counted(leaf: torch.Tensor) -> int:
+        counts.append(alive(references))
+        return pieces(leaf)
 
     monkeypatch.setattr(train, "_PIECE", 1)
-    monkeypatch.setattr(train, "_group", counted)
+    monkeypatch.setattr(train, "_pieces", counted)
     after, _ = train.step(held.pop(), batch(0), bits.pop(), SETTINGS)
     assert len(counts) == len(tree.leaves(after.model)) == len(references) // 3
     assert counts == list(range(len(references), 0, -3))

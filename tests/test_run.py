@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments import pipeline, presets, run
+from experiments import pipeline, presets, replay, run
 from experiments.evaluate import evaluate
+from experiments.facts import differences
 from experiments.presets import TINY, RunConfig
 from onn import carve, corpus, data, observe, qwen3, weights
 from onn.observe import Json
@@ -24,7 +29,7 @@ SIZES = [
     *("--sparse.moe.num-experts", "10", "--sparse.density.ramp-steps", "4", "--data.bytes-per-domain", "4000"),
     *("--data.sequence-length", "16", "--data.batch-size", "4", "--data.eval-windows", "4"),
     *("--train.dense-steps", "6", "--train.steps", "12", "--train.rebirth-every", "5"),
-    *("--sample.prompt-tokens", "8", "--sample.new-tokens", "4"),
+    *("--sample.prompt-tokens", "8", "--sample.new-tokens", "4", "--train.checkpoint-every", "5"),
 ]
 PHASES = ("dense", "moe", "dense_continued")
 STEP_FIGURES = (
@@ -60,7 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_is_promised(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "metrics.jsonl", "summary.json", "report.md", "curves.png", "expert_by_domain.png"),
-        *("surprise_map.png", "surprise_map_per_layer.png"),
+        *("surprise_map.png", "surprise_map_per_layer.png", "report.html", "experts.json", "trace.jsonl"),
+        *("tensorboard", "checkpoints", ".lock"),
         *(f"{phase}.safetensors" for phase in PHASES),
     }
 
@@ -89,6 +95,16 @@ def test_the_summary_tells_the_losses_before_and_after(folder: Path) -> None:
     assert f"{figures['final_loss']:.4f}" in (folder / "report.md").read_text()
 
 
+def test_the_summary_says_what_the_run_was_made_with(folder: Path) -> None:
+    summary = read(folder / "summary.json")
+    assert all(summary[name] for name in ("versions", "threads", "machine", "code", "corpus_fingerprint"))
+    assert summary["finished"] is True
+    assert summary["resumed_from"] == []
+    seconds = summary["seconds"]
+    assert isinstance(seconds, dict)
+    assert {*PHASES, *(f"{phase}_checkpoints" for phase in PHASES), "evaluate", "save", "all"} <= set(seconds)
+
+
 def test_a_saved_model_is_restored_and_computes_the_same(folder: Path) -> None:
     config = presets.load(json.loads((folder / "config.json").read_text()), where="config.json")
     template = carve.carve(qwen3.abstract(config.model), num_experts=config.sparse.moe.num_experts)
@@ -105,6 +121,72 @@ def test_the_same_configuration_gives_the_same_bits(folder: Path, tmp_path: Path
         assert_same(saved(tmp_path / "again", phase), saved(folder, phase))
 
 
+def test_a_replay_repeats_a_run_and_says_what_differs(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(folder, tmp_path / "original")
+    assert run.main(["--replay", str(other), "--out", str(tmp_path / "same")]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("identical") == 7
+    assert "torch" in printed.out
+    assert printed.err.count("bits may differ") == 0
+    summary = read(other / "summary.json")
+    versions = summary["versions"]
+    assert isinstance(versions, dict)
+    observe.write_json(
+        other / "summary.json", summary | {"versions": versions | {"torch": "2.11.0"}, "final_loss": 1.0}
+    )
+    records = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(records[:-1]))
+    model = load_file(other / "moe.safetensors")
+    model["norm"][3] += 1
+    save_file(model, other / "moe.safetensors")
+    rows = {row.what: row for row in replay.compare(other, tmp_path / "same")}
+    assert {name for name, row in rows.items() if row.first} == {
+        *("steps of dense_continued", "moe.safetensors", "figures of the summary")
+    }
+    assert rows["moe.safetensors"].first == "norm: 1 of 32 numbers"
+    assert rows["figures of the summary"].first.startswith("final_loss: 1.0, now ")
+    assert rows["steps of dense_continued"].first.startswith("step 11: ")
+    assert differences(read(other / "summary.json"), read(tmp_path / "same" / "summary.json")) == [
+        f"torch 2.11.0, now {versions['torch']}"
+    ]
+
+
+def test_only_a_finished_run_is_replayed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "run")
+    for content in (None, "{", '{"finished": false}'):
+        if content is not None:
+            (tmp_path / "run" / "summary.json").write_text(content)
+        assert run.main(["--replay", str(tmp_path / "run"), "--out", str(tmp_path / "new")]) == 2
+        assert "holds no finished run" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(pipeline, "_carry_out", full)
+    assert run.main(["--out", str(tmp_path / "run"), *SIZES]) == 2
+    said = f"error: {tmp_path / 'run'}: No space left on device (metrics.jsonl); checkpoints are as they were.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_an_interruption_between_steps_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(pipeline, "_carry_out", interrupted)
+    assert run.main(["--out", str(tmp_path / "run"), *SIZES]) == 130
+    assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+
+
 def test_a_folder_that_holds_a_run_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (folder / "summary.json").read_bytes()
     assert run.main(["--out", str(folder), *SIZES]) == 2
@@ -113,13 +195,17 @@ def test_a_folder_that_holds_a_run_is_left_alone(folder: Path, capsys: pytest.Ca
 
 
 def test_a_command_line_is_the_preset_with_what_was_changed() -> None:
-    config, out = run.parse([])
-    assert config == TINY
-    assert out.parent == Path("runs")
-    assert out.name.startswith("tiny-")
-    config, out = run.parse(["qwen3-0.6b", "--train.steps", "20", "--seed", "3", "--out", "elsewhere"])
-    assert config == replace(presets.QWEN3_06B, seed=3, train=replace(presets.QWEN3_06B.train, steps=20))
-    assert out == Path("elsewhere")
+    order = run.parse([])
+    assert order.config == TINY
+    assert order.out.parent == Path("runs")
+    assert order.out.name.startswith("tiny-")
+    order = run.parse(["qwen3-0.6b", "--train.steps", "20", "--seed", "3", "--out", "elsewhere"])
+    assert order.config == replace(presets.QWEN3_06B, seed=3, train=replace(presets.QWEN3_06B.train, steps=20))
+    assert (order.out, order.resume, order.replay) == (Path("elsewhere"), None, None)
+    assert run.parse(["--resume", "runs/a"]).resume == Path("runs/a")
+    order = run.parse(["--replay", "runs/a"])
+    assert order.replay == Path("runs/a")
+    assert order.out.name.startswith("a-replay-")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +216,12 @@ def test_a_command_line_is_the_preset_with_what_was_changed() -> None:
         (["--train.steps", "many"], "many"),
         (["--sparse.moe.squash", "relu"], "sigmoid"),
         (["--sparse.moe.num-experts", "9"], "num_experts=9"),
+        (["--train.checkpoint-every", "-1"], "checkpoint_every=-1"),
+        (["--train.on-non-finite", "hope"], "stop"),
+        (["--resume", "a", "--seed", "3"], "a brings its own configuration"),
+        (["--resume", "a", "--out", "b"], "a brings its own configuration"),
+        (["--resume", "a", "--replay", "b"], "a brings its own configuration"),
+        (["tiny", "--replay", "a"], "a brings its own configuration"),
     ],
 )
 def test_a_wrong_command_line_is_an_error_that_helps(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import carve, objective, optim, train, tree
+from onn import carve, lessons, objective, optim, train, tree
 from onn.data import Batch
 from onn.objective import (
     DensityConfig,
@@ -208,7 +208,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter(place: str) -
     after, metrics = train.step(state, batch(0), (), SETTINGS)
     assert bool(metrics.skipped)
     assert_same(after.model, state.model)
-    assert_same(after.optimizer, state.optimizer)
+    assert_same((after.optimizer, after.usage, after.lifetime), (state.optimizer, state.usage, state.lifetime))
     assert int(after.step) == int(state.step) + 1
 
 
@@ -307,11 +307,11 @@ def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_
     kept = torch.stack([tap["surprise"][1:] for tap in surprise])
     assert_close(figures.surprise, kept.mean(), bound=tolerance(torch.float64, terms=500))
     routers = tuple(layer.router for layer in objective.carved_layers(state.model))
-    lessons = [
-        tree.value_and_grad(objective.router_objective, engine="func")(
+    taught = [
+        tree.value_and_grad(lessons.router_objective, engine="func")(
             routers, seen.carved, taps, torch.zeros(()), config=SPARSE
         )[1]
         for taps in (poisoned, tuple({"surprise": tap["surprise"] * 0} for tap in surprise))
     ]
-    assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(lessons[0]))
-    assert any(not torch.equal(a, b) for a, b in zip(*(tree.leaves(lesson) for lesson in lessons), strict=True))
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(taught[0]))
+    assert any(not torch.equal(a, b) for a, b in zip(*(tree.leaves(lesson) for lesson in taught), strict=True))

@@ -107,7 +107,11 @@ def test_a_manifest_says_all_it_says(folder: Path) -> None:
         ("head_dim = 6\n", "", "small: architecture: missing 'head_dim' of Qwen3Config"),
         ("head_dim", "head_dims", "small: architecture: unknown value 'head_dims'; did you mean 'head_dim'?"),
         ("hidden_size = 16", "hidden_size = 1.5", "small: architecture: hidden_size: expected int, got 1.5"),
-        ("hidden_size = 16", "hidden_size = 0", "small: Qwen3Config: expected hidden_size=0 >= 1"),
+        (
+            "hidden_size = 16",
+            "hidden_size = 0",
+            "small: architecture: Qwen3Config: expected 1 <= hidden_size=0 <= 4194304",
+        ),
         ("sha256", "sha265", "small: config.json: unknown value 'sha265'; did you mean 'sha256'?"),
         (
             'sha256 = "',

@@ -1,0 +1,258 @@
+"""The likeliest mistakes in `onn.functional`, each as one exact replacement in its source: for `mutations.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One mistake: `old` occurs exactly once in `file`."""
+
+    mistake: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    """Names of test files, without `test_` and `.py`, of those that are likeliest to notice; they run first."""
+
+
+_SURPRISE, _EXPERTS, _ROUTING = ("onn/functional/" + name for name in ("surprise.py", "experts.py", "routing.py"))
+_LOSSES, _INTEGRITY, _LIFECYCLE = ("onn/functional/" + name for name in ("losses.py", "integrity.py", "lifecycle.py"))
+
+FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
+    {
+        "surprise_without_weight": Mutation(
+            "a dropped factor: surprise without the combine weight",
+            _SURPRISE,
+            "counterfactual * weights.abs().to(counterfactual.dtype)",
+            "counterfactual",
+            ("surprise",),
+        ),
+        "surprise_squared": Mutation(
+            "squared surprise instead of its root",
+            _SURPRISE,
+            "return torch.hypot(inner * x_norm, outer * dy_norm)",
+            "return (inner * x_norm) ** 2 + (outer * dy_norm) ** 2",
+            ("surprise",),
+        ),
+        "surprise_without_down": Mutation(
+            "a forgotten term: surprise without the gradient of `down`",
+            _SURPRISE,
+            "return torch.hypot(inner * x_norm, outer * dy_norm)",
+            "return inner * x_norm",
+            ("surprise",),
+        ),
+        "surprise_in_bfloat16": Mutation(
+            "norms of bfloat16 summed in bfloat16",
+            "onn/functional/kernels/local.py",
+            "vector_norm(rows, dim=-1, dtype=reduction_dtype(rows.dtype))",
+            "vector_norm(rows, dim=-1).to(reduction_dtype(rows.dtype))",
+            ("surprise",),
+        ),
+        "neuron_without_weight": Mutation(
+            "the Fisher information of a neuron without the combine weight",
+            _SURPRISE,
+            "inner = w * vector_norm(",
+            "inner = vector_norm(",
+            ("surprise",),
+        ),
+        "smk_max": Mutation(
+            "max for min: SMK keeps the most surprised",
+            _SURPRISE,
+            "torch.where(active, usable, torch.inf)",
+            "torch.where(active, -usable, torch.inf)",
+            ("selection", "smk"),
+        ),
+        "smk_unstable_ties": Mutation(
+            "ties in no particular order",
+            _SURPRISE,
+            "torch.sort(torch.where(active, usable, torch.inf), dim=-1, stable=True).indices[..., :k]",
+            "torch.topk(torch.where(active, usable, torch.inf), min(k, active.shape[-1]), largest=False).indices",
+            ("selection", "smk"),
+        ),
+        "smk_of_inactive": Mutation(
+            "experts that are not active, whose surprise is 0, win",
+            _SURPRISE,
+            "torch.where(active, usable, torch.inf)",
+            "usable",
+            ("selection", "smk"),
+        ),
+        "smk_prefers_nan": Mutation(
+            "a NaN counts as no surprise at all",
+            _SURPRISE,
+            "nan=largest, posinf=largest",
+            "nan=0.0, posinf=largest",
+            ("selection", "smk"),
+        ),
+        "consolidate_without_root": Mutation(
+            "consolidation by the importance instead of its root",
+            _SURPRISE,
+            "torch.rsqrt(rows + eps)",
+            "1 / (rows + eps)",
+            ("selection",),
+        ),
+        "silu_derivative": Mutation(
+            "the derivative of SiLU without the term `1 + h (1 - sigmoid)`",
+            "onn/functional/kernels/local.py",
+            "sigmoid * (1 + h1 * (1 - sigmoid))",
+            "sigmoid",
+            ("bank", "surprise"),
+        ),
+        "surprise_of_pairs_without_weight": Mutation(
+            "a dropped factor where only active pairs are computed",
+            "onn/functional/kernels/ragged.py",
+            "weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)",
+            "torch.hypot(inner * x_norm, outer * dy_norm)",
+            ("numerics",),
+        ),
+        "masked_pairs_learn": Mutation(
+            "SMK that is computed and ignored where only active pairs are computed",
+            "onn/functional/kernels/ragged.py",
+            "filled, min_k=min(min_k, columns.shape[1]))[place]",
+            "filled, min_k=columns.shape[1])[place]",
+            ("numerics",),
+        ),
+        "nan_rows_multiplied": Mutation(
+            "rows that are not kept multiplied by zero instead of dropped",
+            _EXPERTS,
+            "torch.where(kept, part, 0).mT @ torch.where(kept, source, 0)",
+            "(part * kept).mT @ (source * kept)",
+            ("smk",),
+        ),
+        "threshold_sign": Mutation(
+            "a threshold of the wrong sign",
+            _ROUTING,
+            "squashed - torch.sigmoid(thresholds",
+            "squashed - torch.sigmoid(-thresholds",
+            ("routing",),
+        ),
+        "straight_through_dropped": Mutation(
+            "no gradient passes the step from margin to gate",
+            _ROUTING,
+            "torch.where(margin.isnan(), 0, margin - margin.detach())",
+            "torch.zeros_like(margin)",
+            ("routing",),
+        ),
+        "softmax_over_all": Mutation(
+            "softmax over all experts instead of the active ones",
+            _ROUTING,
+            "torch.softmax(margin.masked_fill(~active, -torch.inf), dim=-1)",
+            "torch.where(active, torch.softmax(margin, dim=-1), 0)",
+            ("routing",),
+        ),
+        "fallback_forgotten": Mutation(
+            "a token that passes no threshold has no expert",
+            _ROUTING,
+            "active = torch.where(passed.any(dim=-1, keepdim=True), passed, fallback)",
+            "active = passed",
+            ("routing",),
+        ),
+        "top_k_not_normalised": Mutation(
+            "weights of top-k that do not sum to 1",
+            _ROUTING,
+            "    if normalise:\n        top = ",
+            "    if normalise and k == 0:\n        top = ",
+            ("routing",),
+        ),
+        "balance_sign": Mutation(
+            "loss-free balancing that feeds the overloaded",
+            _ROUTING,
+            "torch.sign(load.mean() - load)",
+            "torch.sign(load - load.mean())",
+            ("routing",),
+        ),
+        "share_of_the_rest": Mutation(
+            "a controller that opens the share it should close",
+            _ROUTING,
+            "rank = ((1 - target) * distance.numel())",
+            "rank = (target * distance.numel())",
+            ("routing",),
+        ),
+        "integrity_weights_swapped": Mutation(
+            "the share of surprise given to the error in PI",
+            _INTEGRITY,
+            "_times(1 - gamma, error) / tau.clamp_min(tau_floor)",
+            "_times(gamma, error) / tau.clamp_min(tau_floor)",
+            ("integrity",),
+        ),
+        "tau_floor_dropped": Mutation(
+            "no floor under tau",
+            _INTEGRITY,
+            "tau.clamp_min(tau_floor)",
+            "tau",
+            ("integrity",),
+        ),
+        "entropy_in_bits": Mutation(
+            "entropy in bits",
+            _INTEGRITY,
+            "p * torch.where(possible, log_p, 0)",
+            "p * torch.where(possible, p.log2(), 0)",
+            ("integrity",),
+        ),
+        "sample_variance": Mutation(
+            "the variance of a sample instead of the population in the integral of PI",
+            _INTEGRITY,
+            "pi.var(correction=0)",
+            "pi.var()",
+            ("integrity",),
+        ),
+        "mix_reversed": Mutation(
+            "balance wins while the model is healthy",
+            _INTEGRITY,
+            "sensitivity * (threshold - pi)",
+            "sensitivity * (pi - threshold)",
+            ("integrity",),
+        ),
+        "router_learns_the_worst": Mutation(
+            "cross-entropy with the most surprised expert",
+            _LOSSES,
+            "torch.where(counted, target, torch.inf).argmin(dim=-1, keepdim=True)",
+            "torch.where(counted, target, -torch.inf).argmax(dim=-1, keepdim=True)",
+            ("losses",),
+        ),
+        "router_likes_surprise": Mutation(
+            "a router taught towards softmax(S) instead of softmax(-S)",
+            _LOSSES,
+            "_masked_softmax(-target, counted)",
+            "_masked_softmax(target, counted)",
+            ("losses",),
+        ),
+        "router_loss_summed": Mutation(
+            "a lost normalisation: router losses summed over tokens",
+            _LOSSES,
+            ".sum() / tokens.sum().clamp_min(1)",
+            ".sum()",
+            ("losses",),
+        ),
+        "surprise_learns": Mutation(
+            "a target that is not detached",
+            _LOSSES,
+            "torch.where(finite, surprise, 0).detach()",
+            "torch.where(finite, surprise, 0)",
+            ("losses",),
+        ),
+        "reborn_forget_all": Mutation(
+            "rebirth that clears the optimizer state of those who live on",
+            _LIFECYCLE,
+            "torch.where(plan.reborn.view(-1, *(1,) * (state.ndim - 1)), 0, state)",
+            "torch.zeros_like(state)",
+            ("lifecycle", "train"),
+        ),
+        "donor_keeps_all": Mutation(
+            "donor and reborn both write all of what the donor wrote",
+            _LIFECYCLE,
+            "moved.down * share",
+            "moved.down",
+            ("lifecycle",),
+        ),
+        "prune_the_used": Mutation(
+            "pruning keeps the experts that were used least",
+            _LIFECYCLE,
+            "torch.sort(lifetime, descending=True, stable=True)",
+            "torch.sort(lifetime, descending=False, stable=True)",
+            ("lifecycle",),
+        ),
+    }
+)
