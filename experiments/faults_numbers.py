@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 from unittest import mock
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import onn.functional as F
 from experiments.faults_process import Lab, Sabotage, Trial, ended, last_line
 from experiments.keeping import FOLDER, METRICS
-from onn import objective, observe, optim, train, tree
+from onn import observe, train, tree
 from onn.data import Batch
-from onn.functional.transform import Taps
-from onn.objective import Measured, StepConfig, carved_layers
+from onn.functional.transform import SurpriseAndGrad
+from onn.objective import Measured, carved_layers
 from onn.qwen3 import Model
-from onn.train import Metrics, State
+from onn.train import State
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Measure: TypeAlias = Callable[[Model, Batch], SurpriseAndGrad[Model, Measured]]
 
 Place = Literal["batch", "gradient", "surprise", "weight", "threshold", "moment"]
 PASSING: tuple[Place, ...] = ("batch", "gradient", "surprise")
@@ -32,7 +37,7 @@ def planted(lab: Lab, source: random.Random, position: int, *, place: Place, val
     """Plant a number in a step of the second phase that is neither the first nor the last."""
     folder = lab.root / f"{place}-{value}-{policy}-{position}"
     strike = lab.dense_steps + source.randrange(lab.every + 1, 3 * lab.every)
-    child = lab.begin(folder, _sabotage(place, value, strike), ["--train.on-non-finite", policy])
+    child = lab.begin(folder, planting(place, value, strike), ["--train.on-non-finite", policy])
     status, steps, said = ended(child), lab.steps(folder), lab.said(folder)
     counted = sum(bool(r.get("skipped")) + bool(r.get("non_finite_surprise")) for r in _records(lab, folder.name))
     sound = not any(_poisoned(folder.glob("*.safetensors"))) and not any(_poisoned((folder / FOLDER).rglob("*.safe*")))
@@ -65,52 +70,49 @@ def _first(values: Tensor, value: float) -> Tensor:
     return values.detach().clone().index_fill_(0, torch.tensor([0], device=values.device), value)
 
 
-def _sabotage(place: Place, value: float, strike: int) -> Sabotage:
+def planting(place: Place, value: float, strike: int) -> Sabotage:
     """Plant `value` at the step of this number, counted over all phases, in the process that calls it."""
-    real_step, real_loss, real_clip, real_scaled = (
-        train.step,
-        objective.language_loss,
-        optim.clip_by_global_norm,
-        objective.scaled_surprise,
-    )
-    counted = itertools.count()
-    struck: list[bool] = []
+    counted, struck = itertools.count(), list[bool]()
 
-    def step(
-        state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig, teacher: Model | tuple[()] = ()
-    ) -> tuple[State, Metrics]:
-        struck[:] = [next(counted) == strike]
-        if struck[0]:
-            state = _spoilt(state, place, value)
-        return real_step(state, batch, noise, config, teacher)
+    def spoiling(function: Callable[Concatenate[State, P], R]) -> Callable[Concatenate[State, P], R]:
+        def step(state: State, /, *args: P.args, **kwargs: P.kwargs) -> R:
+            struck[:] = [next(counted) == strike]
+            return function(_spoilt(state, place, value) if struck[0] else state, *args, **kwargs)
 
-    def loss(
-        model: Model, batch: Batch, taps: Taps, soft: Tensor | tuple[()], *, config: StepConfig
-    ) -> tuple[Tensor, Measured]:
-        if struck[0] and place == "batch":
-            row = batch.tokens.flatten()[:1]
-            model = model._replace(embedding=model.embedding.index_fill(0, row, value))
-        return real_loss(model, batch, taps, soft, config=config)
+        return step
 
-    def clip(grads: Model, *, max_norm: float) -> tuple[Model, Tensor]:
-        if struck[0] and place == "gradient":
-            grads = grads._replace(norm=_first(grads.norm, value))
-        return real_clip(grads, max_norm=max_norm)
+    def measuring(function: Callable[P, Measure]) -> Callable[P, Measure]:
+        def transform(*args: P.args, **kwargs: P.kwargs) -> Measure:
+            real = function(*args, **kwargs)
 
-    def scaled(surprise: Taps, batch: Batch) -> Taps:
-        found = real_scaled(surprise, batch)
-        if struck[0] and place == "surprise":
-            first = {name: _first(values, value) for name, values in found[0].items()}
-            return (first, *found[1:])
-        return found
+            def measure(model: Model, batch: Batch) -> SurpriseAndGrad[Model, Measured]:
+                return _measured(real, model, batch, place, value) if any(struck) else real(model, batch)
+
+            return measure
+
+        return transform
 
     def sabotage() -> None:
-        mock.patch.object(train, "step", step).start()
-        mock.patch.object(train, "language_loss", loss).start()
-        mock.patch.object(optim, "clip_by_global_norm", clip).start()
-        mock.patch.object(train, "scaled_surprise", scaled).start()
+        mock.patch.object(train, "step", spoiling(train.step)).start()
+        mock.patch.object(F, "surprise_and_grad", measuring(F.surprise_and_grad)).start()
 
     return sabotage
+
+
+def _measured(
+    real: Measure, model: Model, batch: Batch, place: Place, value: float
+) -> SurpriseAndGrad[Model, Measured]:
+    """What one pass gives, with `value` in it where that is the place."""
+    if place == "batch":
+        row = batch.tokens.flatten()[:1]
+        return real(model._replace(embedding=model.embedding.index_fill(0, row, value)), batch)
+    found = real(model, batch)
+    if place == "gradient":
+        return found._replace(grads=found.grads._replace(norm=_first(found.grads.norm, value)))
+    if place == "surprise":
+        first = {name: _first(values, value) for name, values in found.surprise[0].items()}
+        return found._replace(surprise=(first, *found.surprise[1:]))
+    return found
 
 
 def _spoilt(state: State, place: Place, value: float) -> State:

@@ -133,10 +133,15 @@ def _html(piece: Piece) -> str:
 
 
 def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in header)
-    body = "\n".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{text}</td>" for text in row[1:])}</tr>' for row in rows
-    )
+    """A table whose columns of numbers are set to the right, and those of words to the left."""
+    width = [max((len(row[place]) for row in rows), default=0) for place in range(len(header))]
+    kinds = ["", *(' class="words"' * (size > 24) for size in width[1:])]
+    head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in zip(header, kinds, strict=True))
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td{kind}>{text}</td>" for text, kind in zip(row[1:], kinds[1:], strict=True))
+        lines.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
+    body = "\n".join(lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 

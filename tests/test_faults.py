@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
-from experiments import faults, faults_cases, guard, pipeline, run
+from experiments import faults, faults_cases, guard, noise, pipeline, presets, run
+from experiments.faults_numbers import LASTING, PASSING, Place, planting
 from experiments.faults_process import (
     CRASHED,
     Lab,
@@ -26,7 +30,7 @@ from experiments.faults_process import (
     without_privilege,
 )
 from experiments.keeping import FOLDER, METRICS
-from onn import observe, storage
+from onn import carve, data, objective, observe, qwen3, storage, train, tree
 from tests.resuming import SMALL, interrupted_after, made_quick
 
 
@@ -141,6 +145,36 @@ def test_damage_is_done(lab: Lab, tmp_path: Path) -> None:
     assert not path.exists()
     faults_cases.of_finished(faults_cases.remove, "model.safetensors")(folder, source)
     assert not (folder / FOLDER / "dense-model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [*PASSING, *LASTING])
+def test_a_planted_number_arrives(place: Place, value: float) -> None:
+    """At its step and at no other; whether the run then does what it promises is for `faults.py` to see."""
+    source = noise.generator(0)
+    dense = qwen3.init(noise.normal_like(qwen3.abstract(SMALL.model), source), config=SMALL.model, dtype=torch.float32)
+    state = train.init_state(carve.carve(dense, num_experts=10))
+    tokens = torch.randint(SMALL.model.vocab_size, (2, 9), generator=source)
+    batch = data.Batch(
+        tokens[:, :-1], tokens[:, 1:], torch.ones(2, 8, dtype=torch.bool), torch.zeros(2, dtype=torch.int64)
+    )
+    settings = presets.step_config(SMALL, phase="moe")
+    try:
+        planting(place, value, 1)()
+        state, before = train.step(state, batch, (), settings)
+        after, metrics = train.step(state, batch, (), settings)
+    finally:
+        mock.patch.stopall()
+    assert isinstance(before.sparse, objective.SparseMetrics)
+    assert isinstance(metrics.sparse, objective.SparseMetrics)
+    assert not bool(before.skipped)
+    assert not int(before.sparse.non_finite)
+    assert bool(tree.all_finite(state.model))
+    assert bool(tree.all_finite(after.model)) == (place in PASSING)
+    if place in ("batch", "gradient", "weight"):
+        assert bool(metrics.skipped)
+    if place == "surprise":
+        assert int(metrics.sparse.non_finite) > 0
 
 
 def test_the_table_counts_and_the_kills_add_up(lab: Lab) -> None:

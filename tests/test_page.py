@@ -1,0 +1,150 @@
+"""The page of a run, and runs side by side, from the folder of one small real run."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments import compare, page, run
+from experiments.page_blocks import Text, escape, html_of, markdown
+from onn.observe import Json
+from tests.test_run import SIZES
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "first"
+    assert run.main(["--out", str(path), *SIZES]) == 0
+    return path
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+class Tags(HTMLParser):
+    """Tags that are open, what the page would load, and its words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.pictures_without_words = 0
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.scripts += tag == "script"
+        self.pictures_without_words += tag == "img" and not given.get("alt")
+        if tag in ("img", "script", "link", "iframe", "object", "embed", "source"):
+            self.loads += [value for name in ("src", "href", "data") if (value := given.get(name))]
+
+
+def parsed(path: Path) -> tuple[Tags, str]:
+    text, tags = path.read_text(encoding="utf-8"), Tags()
+    tags.feed(text)
+    return tags, text
+
+
+def test_a_page_needs_no_other_file_and_tells_every_part(folder: Path) -> None:
+    tags, text = parsed(folder / "report.html")
+    assert all(address.startswith("data:") for address in tags.loads)
+    assert not re.search(r"url\((?!['\"]?(data:|#))", text)
+    assert tags.pictures_without_words == 0
+    for part in ("Held-out loss", "Domains", "Thresholds of the experts", "Predictive integrity, PI"):
+        assert part in text
+    for word in ("corpus_fingerprint", "checkpoint", "seconds", "born"):
+        assert word in text.lower()
+
+
+def test_the_same_files_give_the_same_page(copy: Path) -> None:
+    first = page.write_page(copy).read_bytes()
+    assert page.write_page(copy).read_bytes() == first
+
+
+def test_text_of_a_run_never_becomes_markup(copy: Path) -> None:
+    path = copy / "summary.json"
+    summary = json.loads(path.read_text())
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x00\ud800"
+    summary["samples"] = {"<b>python</b>": evil}
+    path.write_text(json.dumps(summary))
+    before, _ = parsed(copy / "report.html")
+    page.write_page(copy)
+    after, text = parsed(copy / "report.html")
+    assert after.scripts == before.scripts
+    assert "<img src=x" not in text
+    assert "<b>python</b>" not in text
+    assert escape(evil) in text
+
+
+@given(st.text())
+def test_escaped_text_holds_no_markup_and_can_be_written(text: str) -> None:
+    written = html_of([Text(text)])
+    inside = written.removeprefix("<p>").removesuffix("</p>").strip()
+    assert not re.search(r"<(?!/?(code|strong)>)", inside)
+    written.encode()
+    "\n".join(markdown([Text(text)]))
+
+
+def test_a_run_that_was_stopped_has_a_page_too(copy: Path) -> None:
+    for name in ("summary.json", "report.html", "config.json"):
+        (copy / name).unlink()
+    _, text = parsed(page.write_page(copy))
+    assert "<svg" in text
+    assert page.main([str(copy)]) == 0
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "garbage"])
+def test_a_folder_without_a_run_is_refused_in_one_line(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damage != "missing":
+        (tmp_path / "metrics.jsonl").write_bytes(b"" if damage == "empty" else b"\xff\xfe[\n")
+    assert page.main([str(tmp_path)]) in ((2,) if damage != "empty" else (0, 2))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.count("\n") <= 1
+
+
+def edited(path: Path, **values: Json) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_runs_side_by_side_show_figures_differences_and_settings(
+    folder: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edited(copy / "config.json", seed=7)
+    loss = json.loads((folder / "summary.json").read_text())["final_loss"]
+    edited(copy / "summary.json", final_loss=loss + 0.25)
+    assert compare.main([str(folder), str(copy), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "+0.2500" in said
+    assert "seed" in said
+    tags, text = parsed(tmp_path / "out" / "compare.html")
+    assert all(address.startswith("data:") for address in tags.loads)
+    assert "+0.2500" in text
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 0
+
+
+def test_an_unfinished_and_shorter_run_can_be_compared(folder: Path, copy: Path, tmp_path: Path) -> None:
+    (copy / "summary.json").unlink()
+    lines = (copy / "metrics.jsonl").read_bytes().split(b"\n")
+    (copy / "metrics.jsonl").write_bytes(b"\n".join(lines[:9]) + b"\n")
+    assert compare.main([str(folder), str(copy), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_what_cannot_be_compared_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folders in ([folder], [folder, folder], [folder, tmp_path / "nothing"]):
+        try:
+            status = compare.main([*map(str, folders), "--out", str(tmp_path)])
+        except SystemExit as stopped:
+            status = int(str(stopped.code))
+        assert status == 2
+        assert "Traceback" not in capsys.readouterr().err
