@@ -1,9 +1,8 @@
 """What our bank costs inside transformers: time and peak memory against its own implementations, as ratios.
 
 `uv run experiments/bench_hub.py experts|surprise [--json FILE]`: about two minutes each on two CPU cores. Expected: the
-bank computes every expert for every token, so it wins where experts are tiny (16 neurons: 0.6 to 1.0 of `grouped_mm`)
-and costs up to E / k times as much where they are not; in generation it gathers the experts chosen and costs about the
-same. `surprise` costs about as much as a training step under `grouped_mm`.
+bank computes the active pairs, and in generation gathers the experts chosen; it should be no slower than `grouped_mm`.
+`surprise` costs about as much as a training step under `grouped_mm`.
 """
 
 from __future__ import annotations
