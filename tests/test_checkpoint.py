@@ -133,7 +133,7 @@ def test_nothing_is_read_outside_the_folder(tmp_path: Path) -> None:
     [
         ("", "not JSON"),
         ("[" * 100_000, "JSON|nested"),
-        ('{"format": 1, "files": {}, "facts": {"a": ' + "[" * 600 + "]" * 600 + "}}", "nested too deeply"),
+        ('{"format": 1, "files": {}, "facts": {"a": ' + "[" * 600 + "]" * 600 + "}}", "nested too deeply|checksum"),
         ("[]", "expected the objects"),
         ('{"format": 1, "facts": {}, "files": []}', "expected the objects"),
         ('{"format": 2, "facts": {}, "files": {}}', "expected format 1, found 2"),

@@ -20,7 +20,7 @@ def test_the_examples_print_what_the_readme_says() -> None:
 
 def test_the_commands_of_the_readme_parse() -> None:
     commands = re.findall(r"^uv run experiments/run\.py *([^#\n]*)", README.read_text(), flags=re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 4
     for command in commands:
         run.parse(command.split())
 
