@@ -6,12 +6,12 @@ Shape letters: T tokens, H hidden, E experts, I expert intermediate size, k acti
 from __future__ import annotations
 
 import torch
-from tqdm import tqdm
 
 from experiments.bench_cases import BACKENDS, DTYPES, BankCase, Options, bank_layer, random_bank
-from experiments.bench_goals import SPEED_UP
-from experiments.bench_peers import floor, peers
+from experiments.bench_goals import OVER_ALL, SPEED_UP
+from experiments.bench_peers import STOCK, floor, peers
 from experiments.measure import Row, Run, fastest, measured, missing, row, working
+from experiments.progress import progress
 
 FLOOR = "floor"
 OURS = "onn"
@@ -35,13 +35,13 @@ def experts_suite(options: Options) -> list[Row]:
     """Every case in both dtypes."""
     rows: list[Row] = []
     cases = [(case, dtype) for case in grid(options) for dtype in DTYPES]
-    for case, dtype in tqdm(cases, desc="experts", unit="case"):
+    for case, dtype in progress(cases, desc="experts", unit="case"):
         rows += case_rows(case, dtype, options=options)
     return rows
 
 
 def case_rows(case: BankCase, dtype: torch.dtype, *, options: Options) -> list[Row]:
-    """All variants against the floor, and the best peer against the best of ours: the last row, a speed-up.
+    """All variants against the floor; in the last two rows the best of transformers, and of all peers, against ours.
 
     Ours is the backend asked for, compiled and not. The others are there for the picture: `dense` compiled, which gains
     from it, and those that are one operator each as they are.
@@ -67,6 +67,8 @@ def case_rows(case: BankCase, dtype: torch.dtype, *, options: Options) -> list[R
     rows += [missing(name, FLOOR, **common, dtype=dtype, note=why) for name, why in (skipped | failed).items()]
     chosen = [name for name in runs if name.split(",")[0] == f"{OURS} {asked}"]
     rivals = [name for name in runs if name in theirs]
-    if chosen and rivals:
-        rows.append(row(found, fastest(found, rivals), fastest(found, chosen), **common, dtype=dtype, note=SPEED_UP))
+    stock = [name for name in rivals if name.split(",")[0] in STOCK]
+    for names, note in ((stock, SPEED_UP), (rivals, OVER_ALL)):
+        if chosen and names:
+            rows.append(row(found, fastest(found, names), fastest(found, chosen), **common, dtype=dtype, note=note))
     return rows

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
-from experiments.bench_goals import SPEED_UP, Series, judge, numbers, series
+from experiments.bench_experts import FLOOR
+from experiments.bench_goals import Series, judge, numbers, series
 from experiments.measure import Row, read
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.25", "0.6", "#F0E442")
@@ -27,7 +28,7 @@ AXES = {"T": "tokens T", "E": "experts E", "I": "neurons of an expert I", "L": "
 
 def density_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows of suite `experts` that hold a variant against the floor."""
-    return [r for r in rows if r.suite == "experts" and r.note != SPEED_UP and math.isfinite(r.ratio)]
+    return [r for r in rows if r.suite == "experts" and r.baseline == FLOOR and math.isfinite(r.ratio)]
 
 
 def panels(rows: Sequence[Row]) -> dict[tuple[str, float, float], list[Row]]:

@@ -18,12 +18,12 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from experiments import noise
 from experiments.command import exit_status
 from experiments.measure import Row, Run, compare, report
+from experiments.progress import progress
 from onn.hub import ModelSurprise, surprise
 from onn.hub.experts import IMPLEMENTATION, StockExperts, is_stock
 
@@ -147,7 +147,7 @@ def experts_suite(options: Options) -> list[Row]:
     """One layer's experts on the bank against `eager` and `grouped_mm`: forward alone, and with backward."""
     rows: list[Row] = []
     cases = [(case, dtype) for case in (TINY, MANY, FEW, ONE_TOKEN) for dtype in DTYPES]
-    for case, dtype in tqdm(cases, desc="experts", unit="case"):
+    for case, dtype in progress(cases, desc="experts", unit="case"):
         layer = random_layer(case, dtype, seed=options.seed)
         for kind, function in (("forward", without_gradients), ("and backward", with_gradients)):
             variants = {f"{name}, {kind}": partial(function, layer, name) for name in (*STOCK, IMPLEMENTATION)}
@@ -171,7 +171,7 @@ def surprise_suite(options: Options) -> list[Row]:
     """`onn.hub.surprise` of a model of two layers under `grouped_mm` against a training step of the same model."""
     rows: list[Row] = []
     cases = [(case, dtype) for case in (TINY, MANY, FEW) for dtype in DTYPES]
-    for case, dtype in tqdm(cases, desc="surprise", unit="case"):
+    for case, dtype in progress(cases, desc="surprise", unit="case"):
         model = random_model(case, dtype, layers=2, seed=options.seed)
         tokens = torch.randint(VOCABULARY, (4, case.T // 4), generator=noise.generator(options.seed)).to(model.device)
         batch = {"input_ids": tokens, "labels": tokens}

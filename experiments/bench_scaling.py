@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from experiments import noise, presets
 from experiments.bench_cases import DTYPES, BankCase, Options, bank_step, device, random_bank
 from experiments.measure import Row, Run, measured, missing, row
+from experiments.progress import progress
 from onn import carve, qwen3, train, tree
 from onn.data import Batch
 from onn.objective import StepConfig
@@ -60,7 +60,7 @@ def scaling_suite(options: Options) -> list[Row]:
     """Every size of a sweep in the same rounds, against the smallest."""
     rows: list[Row] = []
     sweeps = [(sweep, dtype) for sweep in (QUICK_SWEEPS if options.quick else SWEEPS) for dtype in DTYPES]
-    for sweep, dtype in tqdm(sweeps, desc="scaling", unit="sweep"):
+    for sweep, dtype in progress(sweeps, desc="scaling", unit="sweep"):
         rows += sweep_rows(sweep, dtype, options=options)
     return rows + layer_rows(QUICK_LAYERS if options.quick else LAYERS, options=options)
 

@@ -22,7 +22,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 import onn.functional as F
 from experiments import noise, presets
@@ -31,6 +30,7 @@ from experiments.compiling import by_region, compiled
 from experiments.measure import Row, Run, measured, row
 from experiments.memory import peak_gib, return_large_blocks
 from experiments.presets import QWEN3_06B
+from experiments.progress import progress
 from onn import carve, qwen3, train, tree
 from onn.data import Batch
 from onn.functional.transform import Taps
@@ -38,8 +38,8 @@ from onn.objective import StepConfig
 from onn.qwen3 import Model, MoeConfig, Qwen3Config, Route
 from onn.train import State
 
-Form = Literal["eager", "regional", "whole"]
-"""How a step is carried out: as it is, compiled by layer, or compiled as one graph."""
+Form = Literal["eager", "regional"]
+"""How a step is carried out: as it is, or compiled by layer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,13 +78,13 @@ class Work(NamedTuple):
 def step_suite(options: Options) -> list[Row]:
     """Steps of the carved model with top-k and threshold routes and with SMK, each against the dense model's."""
     case, rows = QUICK if options.quick else CASE, []
-    for dtype in tqdm((torch.float32, torch.bfloat16), desc="step", unit="dtype"):
+    for dtype in progress((torch.float32, torch.bfloat16), desc="step", unit="dtype"):
         rows += step_rows(case, dtype, options=options)
     return rows
 
 
 def step_rows(case: StepCase, dtype: torch.dtype, *, options: Options) -> list[Row]:
-    """The rows of one dtype. As one graph only plain steps in float32: compiling it takes minutes."""
+    """The rows of one dtype. As one graph it is not measured: compiling that takes minutes a variant."""
     torch._dynamo.reset()
     quarter = case.experts // 4
     moe = replace(QWEN3_06B.sparse.moe, num_experts=case.experts, top_k=quarter, backend=options.backend)
@@ -95,30 +95,22 @@ def step_rows(case: StepCase, dtype: torch.dtype, *, options: Options) -> list[R
         "carved, threshold": work(case, dtype, replace(everything, route="threshold"), seed=options.seed),
         "carved, SMK": work(case, dtype, replace(moe, route="top_k", min_k=max(quarter // 4, 1)), seed=options.seed),
     }
-    wanted = [(name, form) for name in works for form in get_args(Form) if _wanted(name, form, dtype)]
-    variants = {f"{name}, {form}": step_run(works[name], form) for name, form in wanted}
+    forms: tuple[Form, ...] = get_args(Form)
+    variants = {f"{name}, {form}": step_run(start, form) for name, start in works.items() for form in forms}
     found = measured(variants, repeats=options.rounds, budget=options.budget)
+    pairs = [(f"{name}, {form}", f"dense, {form}") for name in works if name != "dense" for form in forms]
     rows = []
-    for name, form in wanted:
-        baseline = f"dense, {form}" if name != "dense" else "dense, eager"
-        if f"{name}, {form}" != baseline:
-            one = row(found, f"{name}, {form}", baseline, suite="step", case=str(case), dtype=dtype)
-            rows.append(replace(one, note=f"{case.batch * case.length / one.seconds:.0f} tokens/s"))
+    for variant, baseline in [*pairs, ("dense, regional", "dense, eager")]:
+        one = row(found, variant, baseline, suite="step", case=str(case), dtype=dtype)
+        rows.append(replace(one, note=f"{case.batch * case.length / one.seconds:.0f} tokens/s"))
     if torch.cuda.is_available():
         rows = [replace(one, note=f"{one.note}, bank {mfu(case, moe, dtype):.0%} of a large product") for one in rows]
     return rows
 
 
-def _wanted(name: str, form: Form, dtype: torch.dtype) -> bool:
-    return form != "whole" or (dtype == torch.float32 and name in ("dense", "carved"))
-
-
 def step_run(start: Work, form: Form) -> Run:
     """One step from the same start again and again."""
     state, batch, bits, settings = start
-    if form == "whole":
-        step = compiled(train.step)
-        return lambda: step(state, batch, bits, replace(settings, engine="func"))
     if form == "regional":
         return partial(train.step, state, batch, bits, settings, (), by_region())
     return partial(train.step, state, batch, bits, settings)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from types import MappingProxyType
 
 import torch
-from tqdm import tqdm
 
 import onn.functional as F
 from experiments.bench_cases import (
@@ -27,6 +26,7 @@ from experiments.bench_cases import (
 from experiments.bench_norms import library_norms, per_token_norms, plain_modules
 from experiments.compiling import compiled
 from experiments.measure import Row, Run, compare, measured, missing, row, working
+from experiments.progress import progress
 from onn.functional.experts import Backend
 from onn.tree import Engine
 
@@ -52,7 +52,7 @@ def surprise_suite(options: Options) -> list[Row]:
     """Exact surprise against the plain bank; the norms of others against exact surprise, for the smaller bank."""
     rows: list[Row] = []
     measured_cases = [(case, dtype) for case in cases(options) for dtype in DTYPES]
-    for case, dtype in tqdm(measured_cases, desc="surprise", unit="case"):
+    for case, dtype in progress(measured_cases, desc="surprise", unit="case"):
         rows += surprise_rows(case, dtype, others=case != LARGER, options=options)
     return rows
 
@@ -119,7 +119,7 @@ def smk_suite(options: Options) -> list[Row]:
     chosen += [(replace(base, k=8, skew=skew), (MIN_K,)) for skew in ((0.0, 2.0) if options.quick else (2.0,))]
     everything = [(*one, dtype, backend) for one in chosen for dtype in DTYPES for backend in BACKENDS]
     rows: list[Row] = []
-    for case, least, dtype, backend in tqdm(everything, desc="smk", unit="case"):
+    for case, least, dtype, backend in progress(everything, desc="smk", unit="case"):
         rows += smk_rows(case, dtype, least=least, backend=backend, options=options)
     return rows
 
@@ -155,7 +155,7 @@ def memory_suite(options: Options) -> list[Row]:
     rows: list[Row] = []
     ways: tuple[tuple[Engine, bool], ...] = (("autograd", True), ("func", True), ("func", False))
     chosen = [(case, dtype, *way) for case in cases(options) for dtype in DTYPES for way in ways]
-    for case, dtype, engine, eager in tqdm(chosen, desc="memory", unit="case"):
+    for case, dtype, engine, eager in progress(chosen, desc="memory", unit="case"):
         rows += memory_rows(case, dtype, engine=engine, eager=eager, options=options)
     return rows
 

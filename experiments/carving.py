@@ -38,6 +38,7 @@ from torch import Tensor
 from experiments import noise, pipeline, presets
 from experiments.carving_figures import draw, table
 from experiments.carving_routers import Cut, Routed, evaluate, inputs, mlps, routers
+from experiments.command import exit_status
 from experiments.presets import RunConfig
 from experiments.progress import progress
 from onn import carve, check, data, observe, partition, qwen3, train, tree, weights
@@ -228,14 +229,13 @@ def measure(
 
 def main(options: Options) -> int:
     """Run one study; the exit status."""
-    before = time.monotonic()
-    try:
+
+    def timed() -> None:
+        before = time.monotonic()
         run(options, configuration(options))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{time.monotonic() - before:.0f} seconds")
-    return 0
+        print(f"{time.monotonic() - before:.0f} seconds")
+
+    return exit_status(timed)
 
 
 if __name__ == "__main__":

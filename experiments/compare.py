@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from experiments import report
+from experiments.command import exit_status
 from experiments.page import figure, html_page, section
 from experiments.page_blocks import Piece, Table, Text, html_of, markdown
 from experiments.page_data import Run, read_run
@@ -235,14 +236,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path(), help=f"folder for {PAGE} and {PICTURE}; here by default")
     given = parser.parse_args(arguments)
-    try:
+
+    def told() -> None:
         for heading, pieces in compare(given.runs):
             print(f"## {heading}\n\n" + "\n".join(markdown(pieces)) + "\n")
         print(f"Page: {write_comparison(given.runs, given.out)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(told)
 
 
 if __name__ == "__main__":

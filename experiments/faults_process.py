@@ -6,6 +6,7 @@ A child changes what it likes in itself: no line of the main job knows that it i
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import itertools
 import os
 import signal
@@ -26,6 +27,8 @@ from experiments.replay import compare
 _CAPABILITY_VERSION, _DAC_OVERRIDE = 0x20080522, 1
 """From Linux's `capability.h`."""
 CRASHED = 70
+PATIENCE = 300.0
+"""Seconds until a run counts as hung: it says where, and ends with 1."""
 Sabotage = Callable[[], None]
 
 
@@ -59,6 +62,7 @@ def start(arguments: Sequence[str], log: Path, sabotage: Sabotage = nothing) -> 
         with log.open("a", buffering=1, encoding="utf-8") as output, redirect_stdout(output), redirect_stderr(output):
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
+            faulthandler.dump_traceback_later(PATIENCE, exit=True, file=output)
             try:
                 sabotage()
                 status = run.main(arguments)

@@ -23,10 +23,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import tyro
-from tqdm import tqdm
 
 from experiments.mutants import FUNCTIONAL, Mutation
 from experiments.mutants_above import ABOVE
+from experiments.progress import progress
 from onn import check
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,7 @@ def main(options: Options) -> int:
         names = options.only or tuple(MUTATIONS)
         for mutation in map(MUTATIONS.__getitem__, names):
             planted((ROOT / mutation.file).read_text(encoding="utf-8"), mutation)
-        with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(names), desc="mistakes") as bar:
+        with ThreadPoolExecutor(options.jobs) as pool, progress(names, desc="mistakes", unit="mistake") as bar:
 
             def one(name: str) -> Outcome:
                 outcome = tried(MUTATIONS[name], quick=options.quick)

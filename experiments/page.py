@@ -15,6 +15,7 @@ from torch import Tensor
 
 from experiments import page_figures as figures
 from experiments import report
+from experiments.command import exit_status
 from experiments.page_blocks import Literal, Piece, Table, Text, escape, html_of, inline
 from experiments.page_data import Looks, Run, read_run
 from onn.observe import Json, number, usage_figure
@@ -291,12 +292,8 @@ def main(arguments: Sequence[str]) -> int:
     """Write the page of one run; the exit status."""
     parser = ArgumentParser(prog="page.py", description=__doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
-    try:
-        print(write_page(parser.parse_args(arguments).run))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    given = parser.parse_args(arguments)
+    return exit_status(lambda: print(write_page(given.run)))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def svg(figure: Figure, *, name: str, alt: str) -> str:
             axes.patch.set_visible(False)
     buffer = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", dpi=100, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", dpi=100)
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text)

@@ -75,7 +75,8 @@ def adamw(
         grads: of the same structure.
         state: of `adamw_init` or the last step.
         learns: bool tree, see `adamw_init`. Where it is false, parameter, moments and steps stay bit-identical: no
-            momentum, no decay, whatever the gradient holds; each entry's bias correction counts its own steps.
+            momentum, no decay, whatever the gradient holds; each entry's bias correction counts its own steps. An
+            entry whose new value would not be finite, as from a moment that is not, keeps its value and moments.
         noise: for bfloat16 parameters a tree of uniform int16 of the parameters' structure and shapes (see
             `stochastic_round`); for wider ones an empty tuple.
         lr: scalar learning rate.
@@ -174,6 +175,7 @@ def _moved(
     moved_square = rates.beta2 * square + (1 - rates.beta2) * wide * wide
     root = (moved_square / square_bias).sqrt() + rates.eps
     moved = narrow(p.to(mean.dtype) * decay - lr * (moved_mean / mean_bias) / root, p.dtype, *bits)
+    learns = learns & torch.isfinite(moved)
     return (
         torch.where(learns, moved, p),
         torch.where(learns, moved_mean, mean),

@@ -102,13 +102,13 @@ def test_the_bank_is_judged_by_its_mean_and_its_worst_cases() -> None:
     tiny = replace(ROW, case="T1024 H1024 E32 I16 k4", ratio=2.5)
     full = replace(ROW, case="T1024 H1024 E32 I96 k16", ratio=1.9)
     found = verdicts([ROW, tiny, full])
-    mean = found["best peer / ours, geometric mean"]
+    mean = found["transformers / ours, geometric mean"]
     assert mean.measured == pytest.approx((1.6 * 2.5 * 1.9) ** (1 / 3))
     assert mean.met
-    assert not found["best peer / ours at k/E >= 0.5, worst"].met
-    assert found["best peer / ours at I <= 16, worst"].met
-    assert found["best peer / ours anywhere, worst"].measured == 1.6
-    behind = verdicts([ROW, replace(ROW, ratio=0.94)])["best peer / ours anywhere, worst"]
+    assert not found["transformers / ours at k/E >= 0.5, worst"].met
+    assert found["transformers / ours at I <= 16, worst"].met
+    assert found["transformers / ours anywhere, worst"].measured == 1.6
+    behind = verdicts([ROW, replace(ROW, ratio=0.94)])["transformers / ours anywhere, worst"]
     assert not behind.met
     assert "MISSED" in str(behind)
     assert ROW.case in str(behind)
@@ -130,6 +130,14 @@ def test_smk_is_judged_by_the_rows_that_it_keeps() -> None:
     whole = replace(half, case="T8 rho1.0000", ratio=1.04)
     assert verdicts([replace(half, ratio=0.79), whole])["SMK / its goal, dense, worst"].met
     assert not verdicts([replace(half, ratio=0.81), whole])["SMK / its goal, dense, worst"].met
+
+
+def test_a_step_is_judged_by_the_carved_models_alone() -> None:
+    row = replace(ROW, suite="step", variant="carved, SMK, eager", baseline="dense, eager", ratio=0.99)
+    (met,) = judge([row, replace(row, variant="dense, regional", ratio=3.0)])
+    assert met.met
+    (missed,) = judge([row, replace(row, variant="carved, regional", ratio=1.01)])
+    assert not missed.met
 
 
 def test_memory_is_judged_by_its_peak_and_not_by_its_time() -> None:

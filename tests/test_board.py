@@ -61,7 +61,7 @@ def test_stopped_at_any_byte_and_continued_shows_what_was_never_stopped(
     first = next((folder / "resumed").iterdir())
     if checkpoint < stop - 1:  # the last record, after the checkpoint, may be torn
         first.write_bytes(first.read_bytes()[: -cut or None])
-    write(folder / "resumed", checkpoint, min(checkpoint + 2, 10))
+    write(folder / "resumed", checkpoint + 1, min(checkpoint + 3, 10))  # then again, from further back
     write(folder / "resumed", checkpoint, 10)
     assert shown(folder / "resumed") == shown(folder / "whole")
 

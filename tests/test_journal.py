@@ -81,6 +81,15 @@ def test_stopped_at_any_step_and_resumed_leaves_the_files_of_a_run_never_stopped
     assert contents(folder) == contents(reference)
 
 
+def test_a_whole_record_without_its_newline_is_dropped(reference: Path, tmp_path: Path) -> None:
+    folder = whole(tmp_path / "run")
+    for name in ("metrics.jsonl", "trace.jsonl"):
+        (folder / name).write_bytes((folder / name).read_bytes().removesuffix(b"\n"))
+    lines = len((folder / "metrics.jsonl").read_bytes().split(b"\n"))
+    write(folder, "moe", STEPS - 1, STEPS, records=lines - 1)
+    assert [r["step"] for r in read_jsonl(folder / "metrics.jsonl")] == [*range(FIRST), *range(FIRST, STEPS)]
+
+
 @pytest.mark.parametrize("phase", ["dense", "moe"])
 def test_a_phase_done_again_drops_what_later_phases_left(reference: Path, tmp_path: Path, phase: str) -> None:
     folder = whole(tmp_path / "run")

@@ -68,6 +68,30 @@ def step(params: Pair, grads: Pair, state: optim.AdamWState[Pair], learns: Pair)
     )
 
 
+@pytest.mark.parametrize("field", ["mean", "square", "grad"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_entry_that_is_not_finite_spoils_no_parameter(field: str, value: float) -> None:
+    params, grads, learns = pair(0), pair(5), all_learn(pair(0))
+    state = optim.adamw_init(params, learns)
+
+    def planted(leaf: Tensor) -> Tensor:
+        return leaf.flatten().index_fill(0, torch.tensor([1]), value).view(leaf.shape)
+
+    def moved(grads: Pair, state: optim.AdamWState[Pair]) -> Pair:
+        rates = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1}
+        return optim.adamw(params, grads, state, learns, (), lr=torch.tensor(0.1, dtype=torch.float64), **rates)[0]
+
+    clean = moved(grads, state)
+    if field == "grad":
+        spoilt = moved(tree.map1(planted, grads), state)
+    else:
+        spoilt = moved(grads, state._replace(**{field: tree.map1(planted, getattr(state, field))}))
+    for got, expected in zip(spoilt, clean, strict=True):
+        assert bool(got.isfinite().all())
+        same = torch.arange(got.numel()) != 1
+        assert_same(got.flatten()[same], expected.flatten()[same])
+
+
 @given(seed=st.integers(0, 999), rows=st.lists(st.booleans(), min_size=4, max_size=4), poison=st.booleans())
 def test_entries_that_do_not_learn_stay_bit_identical(seed: int, rows: list[bool], poison: bool) -> None:
     params = pair(seed)

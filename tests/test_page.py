@@ -1,4 +1,4 @@
-"""The page of a run, and runs side by side, from the folder of one small real run."""
+"""The page of one small real run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments import compare, page, run
+from experiments import page, run
 from experiments.page_blocks import Text, escape, html_of, markdown
-from onn.observe import Json
 from tests.test_run import SIZES
 
 
@@ -111,40 +110,3 @@ def test_a_folder_without_a_run_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert error.count("\n") <= 1
-
-
-def edited(path: Path, **values: Json) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def test_runs_side_by_side_show_figures_differences_and_settings(
-    folder: Path, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edited(copy / "config.json", seed=7)
-    loss = json.loads((folder / "summary.json").read_text())["final_loss"]
-    edited(copy / "summary.json", final_loss=loss + 0.25)
-    assert compare.main([str(folder), str(copy), "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "+0.2500" in said
-    assert "seed" in said
-    tags, text = parsed(tmp_path / "out" / "compare.html")
-    assert all(address.startswith("data:") for address in tags.loads)
-    assert "+0.2500" in text
-    assert (tmp_path / "out" / "compare.png").stat().st_size > 0
-
-
-def test_an_unfinished_and_shorter_run_can_be_compared(folder: Path, copy: Path, tmp_path: Path) -> None:
-    (copy / "summary.json").unlink()
-    lines = (copy / "metrics.jsonl").read_bytes().split(b"\n")
-    (copy / "metrics.jsonl").write_bytes(b"\n".join(lines[:9]) + b"\n")
-    assert compare.main([str(folder), str(copy), "--out", str(tmp_path / "out")]) == 0
-
-
-def test_what_cannot_be_compared_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for folders in ([folder], [folder, folder], [folder, tmp_path / "nothing"]):
-        try:
-            status = compare.main([*map(str, folders), "--out", str(tmp_path)])
-        except SystemExit as stopped:
-            status = int(str(stopped.code))
-        assert status == 2
-        assert "Traceback" not in capsys.readouterr().err

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from onn.functional.kernels.parts import Pairs, Tiling, extended, parts, takes_grouped
+from onn.functional.kernels.parts import IN_CACHE, Pairs, extended, parts, takes_grouped
 
-IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
 
