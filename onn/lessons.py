@@ -12,35 +12,25 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import qwen3, tree
-from onn.functional.transform import Taps
 from onn.objective import MoeTraining
 from onn.qwen3 import Carved
 
 
 def router_objective(
-    routers: tuple[F.Router, ...], seen: tuple[Carved, ...], surprise: Taps, mix: Tensor, *, config: MoeTraining
+    router: F.Router, seen: Carved, taps: Mapping[str, Tensor], mix: Tensor, *, config: MoeTraining
 ) -> tuple[Tensor, tuple[()]]:
-    """What the routers are taught beside the main loss, from inputs and surprise that are constants.
+    """What a router is taught beside the main loss, from inputs and surprise that are constants.
 
     Args:
-        routers: of the carved layers.
-        seen: what these layers saw and decided in the pass that measured the surprise.
-        surprise: their taps; normalised here by their mean over the pairs that count.
+        router: of one carved layer.
+        seen: what this layer saw and decided in the pass that measured the surprise.
+        taps: its own; normalised here by their mean over the pairs that count.
         mix: `adaptive_mix`: the share of load balance against surprise.
         config: weights and temperature.
 
     Returns:
-        A scalar, the mean over layers, and nothing else.
+        A scalar, of which a model's routers minimise the mean, and nothing else.
     """
-    layers = zip(routers, seen, surprise, strict=True)
-    losses = [_layer_objective(*layer, mix, config=config)[0] for layer in layers]
-    return torch.stack(losses).mean(), ()
-
-
-def _layer_objective(
-    router: F.Router, seen: Carved, taps: Mapping[str, Tensor], mix: Tensor, *, config: MoeTraining
-) -> tuple[Tensor, tuple[()]]:
-    """One layer's term of `router_objective`, which no other router has a part in."""
     teach = config.router
     _, routing = qwen3.route(router, seen.x.detach(), config=config.moe)
     scores = routing.scores / teach.temperature
@@ -65,14 +55,6 @@ def _layer_objective(
 def router_lesson(
     router: F.Router, seen: Carved, taps: Mapping[str, Tensor], mix: Tensor, *, config: MoeTraining
 ) -> F.Router:
-    """The gradient of `router_objective` with respect to one of its routers, times the number of carved layers.
-
-    Args:
-        router: of one carved layer.
-        seen: what this layer saw and decided.
-        taps: its own.
-        mix: see `router_objective`.
-        config: see `router_objective`.
-    """
-    gradient = tree.value_and_grad(_layer_objective, engine="func")
+    """The gradient of `router_objective`, whose arguments it takes, with respect to the router."""
+    gradient = tree.value_and_grad(router_objective, engine="func")
     return gradient(router, seen, taps, mix, config=config)[1]

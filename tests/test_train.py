@@ -308,9 +308,10 @@ def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_
     assert_close(figures.surprise, kept.mean(), bound=tolerance(torch.float64, terms=500))
     routers = tuple(layer.router for layer in objective.carved_layers(state.model))
     taught = [
-        tree.value_and_grad(lessons.router_objective, engine="func")(
-            routers, seen.carved, taps, torch.zeros(()), config=SPARSE
-        )[1]
+        tuple(
+            lessons.router_lesson(*layer, torch.zeros(()), config=SPARSE)
+            for layer in zip(routers, seen.carved, taps, strict=True)
+        )
         for taps in (poisoned, tuple({"surprise": tap["surprise"] * 0} for tap in surprise))
     ]
     assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(taught[0]))
