@@ -36,6 +36,7 @@ from onn.data import Batch
 from onn.functional.transform import Taps
 from onn.objective import StepConfig
 from onn.qwen3 import Model, MoeConfig, Qwen3Config, Route
+from onn.tiling import backend_of
 from onn.train import State
 
 Form = Literal["eager", "regional"]
@@ -176,7 +177,7 @@ def mfu(case: StepCase, moe: MoeConfig, dtype: torch.dtype) -> float:
     weights = F.top_k_route(torch.randn(T, E, generator=draws).to(device(), dtype), k=moe.top_k, normalise=True).weights
 
     def loss(inputs: tuple[F.Experts, Tensor, Tensor], dy: Tensor) -> tuple[Tensor, tuple[()]]:
-        return (F.bank(*inputs, {}, min_k=E, backend=moe.backend) * dy).sum(), ()
+        return (F.bank(*inputs, {}, min_k=E, backend=backend_of(moe.backend)) * dy).sum(), ()
 
     step = compiled(tree.value_and_grad(loss, engine="func"))
     square = torch.randn(8192, 8192, generator=draws).to(device(), dtype)

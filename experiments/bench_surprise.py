@@ -163,7 +163,8 @@ def memory_suite(options: Options) -> list[Row]:
 def memory_rows(case: BankCase, dtype: torch.dtype, *, engine: Engine, eager: bool, options: Options) -> list[Row]:
     """One engine; few rounds, since the peak is the same in each.
 
-    Recomputation is measured on a stack of banks, since of a single one nothing can be let go.
+    Recomputation is measured on a stack of banks, since of a single one nothing can be let go. Compiled it is the stack
+    itself.
     """
     torch._dynamo.reset()
     bank = random_bank(case, dtype, seed=options.seed)

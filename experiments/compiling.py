@@ -17,14 +17,21 @@ import torch
 from onn.region import Kind, Region, inline
 from onn.tree import Flat
 
+GRAPHS = 64
+"""Of all compiled functions under one transform; torch's own limit is 8."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The function as one compiled graph of static shapes, or itself on a CPU without a C++ compiler."""
+    """The function as one compiled graph of static shapes, or itself on a CPU without a C++ compiler.
+
+    All wrappers of `torch.func` share one code object, and torch counts their graphs together: its limit is raised.
+    """
     if not _can_compile():
         return function
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     result: Callable[P, R] = torch.compile(function, fullgraph=True, dynamic=False)
     return result
 

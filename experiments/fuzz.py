@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from experiments.fuzz_guard import Guard
     from experiments.fuzz_targets import Target
 
-NAMES = ("manifest", "safetensors", "tree", "index", "config", "run", "chat", "text", "metrics", "tokenizer")
-INSTRUMENTED = ("onn", "experiments.presets", "tomllib", "json")
+NAMES = (
+    *("manifest", "safetensors", "tree", "index", "config", "run", "chat", "text", "metrics", "tokenizer"),
+    *("checkpoint", "figures"),
+)
+INSTRUMENTED = ("onn", "experiments.presets", "experiments.keeping", "tomllib", "json")
 SECONDS, MEMORY, LONGEST = 10, 4 * 2**30, 65536
 TRIES = 400
 """Of the minimiser, for each finding."""
@@ -96,6 +99,7 @@ class Trial:
         self.counts = {"inputs": 0, "accepted": 0, "refused": 0}
         self.findings: dict[str, Finding] = {}
         for name, data in target.beside:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
         for seed in target.seeds:
             (folder / target.file).write_bytes(seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,9 +15,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from experiments import fuzz_mutations as mutations
-from experiments import presets
+from experiments import keeping, presets
+from experiments.evaluate import DomainFigures, Evaluation
 from experiments.fuzz_mutations import Mutation
-from onn import config, documents, observe, qwen3, storage, tree, weights
+from experiments.keeping import Generators, Keeper, Position
+from experiments.memory import Meter
+from onn import checkpoint, config, documents, observe, qwen3, storage, train, tree, weights
 from onn.qwen3 import Qwen3Config
 
 SMALL = replace(
@@ -29,6 +34,8 @@ SMALL = replace(
     head_dim=4,
 )
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+KEPT = replace(presets.TINY, train=replace(presets.TINY.train, checkpoint_every=1))
+STATE, FIGURES = (f"{keeping.FOLDER}/dense-{name}" for name in ("000003", "figures"))
 OUTSIDE = "outside.safetensors"
 """Beside the folder, valid, and not to be read."""
 
@@ -176,6 +183,63 @@ def read_tokenizer(folder: Path) -> object:
     return found.vocabulary
 
 
+def keeper(folder: Path) -> Keeper:
+    """Of a run that lies in the folder."""
+    return Keeper(folder, KEPT, {"version": "1", "device": "cpu"}, Meter())
+
+
+def kept_parts() -> tuple[qwen3.Model, Generators]:
+    """What a checkpoint holds beside an optimizer."""
+    model = tree.map1(lambda leaf: torch.ones(leaf.shape), qwen3.abstract(SMALL))
+    return model, Generators(torch.zeros(4, dtype=torch.uint8), torch.ones(4, dtype=torch.uint8))
+
+
+def kept() -> dict[str, bytes]:
+    """The files of a run that has kept a state of a phase and an evaluation, by their paths."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / keeping.METRICS).write_bytes(metrics())
+        writer, (model, generators) = keeper(folder), kept_parts()
+        writer.keep_state("dense", train.init_state(model), Position(3, 6, 0), generators)
+        row = DomainFigures(targets=5, loss=2.5, accuracy=0.25, tau=2.0, sparse=None)
+        writer.keep_figures("dense", Evaluation(domains=("one", "two"), figures=(row, row)))
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def read_kept(folder: Path) -> object:
+    """The newest checkpoint, as a run that goes on takes it."""
+    checkpoint.verify(folder / STATE)
+    found = keeper(folder).state("dense", *kept_parts())
+    assert found is not None
+    assert found.position.step >= 0 <= found.position.records
+    return found
+
+
+def read_figures(folder: Path) -> object:
+    """An evaluation."""
+    checkpoint.verify(folder / FIGURES)
+    found = keeper(folder).figures("dense")
+    assert found is not None
+    assert len(found.domains) == len(found.figures)
+    return found
+
+
+def sealed(data: bytes, rng: random.Random) -> bytes:
+    """Mutate a checkpoint's manifest; mostly it is signed anew, so that what its seal protects is read."""
+    mutated = mutations.json_text(data, rng)
+    try:
+        value = observe.decode(mutated.decode())
+    except (ValueError, RecursionError):
+        return mutated
+    if not isinstance(value, dict) or rng.random() < 0.15:
+        return mutated
+    try:
+        return checkpoint.sealed({key: child for key, child in value.items() if key != "sha256"}).encode()
+    except (ValueError, RecursionError):
+        return mutated
+
+
 def targets() -> dict[str, Target]:
     """By name."""
     parts = tensors(SMALL, torch.bfloat16)
@@ -188,6 +252,9 @@ def targets() -> dict[str, Target]:
     stored = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.tensor(True)}
     architecture = json.loads(config_json(SMALL))
     old = {key: value for key, value in architecture.items() if key != "rope_parameters"} | {"rope_theta": 1e4}
+    run = kept()
+    manifests = {place: f"{place}/{checkpoint.MANIFEST}" for place in (STATE, FIGURES)}
+    besides = {place: tuple(item for item in run.items() if item[0] != file) for place, file in manifests.items()}
     story = b"One line.\nAnother, \xc3\xa9\xf0\x9f\x99\x82.\r\n\r\nAnd a third.\n"
     return {
         "manifest": Target("manifest.toml", read_manifest, [manifest()], mutations.toml, 12_000),
@@ -220,6 +287,18 @@ def targets() -> dict[str, Target]:
         "chat": Target("chat.jsonl", read_corpus("chat.jsonl"), chats(), mutations.lines, 20_000),
         "text": Target("story.txt", read_corpus("story.txt"), [story, b"a\nb"], mutations.line_text, 10_000),
         "metrics": Target("metrics.jsonl", read_metrics, [metrics()], mutations.lines, 16_000),
+        "checkpoint": Target(
+            manifests[STATE], read_kept, [run[manifests[STATE]]], sealed, 8_000, besides[STATE], ("dense-000003",)
+        ),
+        "figures": Target(
+            manifests[FIGURES],
+            read_figures,
+            [run[manifests[FIGURES]]],
+            sealed,
+            8_000,
+            besides[FIGURES],
+            ("dense-figures",),
+        ),
         "tokenizer": Target(
             "tokenizer.json", read_tokenizer, [tokenizer()], mutations.json_text, 400, named=("HubTokenizer",)
         ),

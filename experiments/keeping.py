@@ -194,8 +194,11 @@ class Keeper:
     def _position(self, found: Checkpoint) -> Position:
         """Where a checkpoint is; metrics.jsonl is put back to it."""
         step, records, skipped = (found.facts.get(name) for name in Position._fields)
-        if not (isinstance(step, int) and isinstance(records, int) and isinstance(skipped, int)):
-            raise ValueError(f"{found.folder}: expected whole numbers for {', '.join(Position._fields)}.")
+        if (
+            not (isinstance(step, int) and isinstance(records, int) and isinstance(skipped, int))
+            or min(step, records, skipped) < 0
+        ):
+            raise ValueError(f"{found.folder}: expected whole numbers of 0 or more for {', '.join(Position._fields)}.")
         storage.write_text(self.folder / METRICS, checkpoint.text(found, METRICS))
         return Position(step, records, skipped)
 
@@ -287,9 +290,14 @@ def _flat(evaluation: Evaluation) -> dict[str, tree.Tree]:
 
 def _evaluation(found: Checkpoint) -> Evaluation:
     domains = found.facts.get("domains")
-    if not isinstance(domains, Sequence) or isinstance(domains, str):
-        raise ValueError(f"{found.folder}: expected the domains in its manifest.")
+    if not isinstance(domains, Sequence) or isinstance(domains, str) or not all(isinstance(d, str) for d in domains):
+        raise ValueError(f"{found.folder}: expected the names of the domains in its manifest.")
     stored = checkpoint.tensors(found, "figures")
+    places = {name.partition(".")[0] for name in stored}
+    check.require(
+        places == {str(position) for position in range(len(domains))},
+        f"{found.folder}: {len(domains)} domains in its manifest, figures of {len(places)}.",
+    )
     return Evaluation(
         domains=tuple(str(name) for name in domains),
         figures=tuple(_domain(stored, f"{position}.") for position in range(len(domains))),

@@ -213,7 +213,7 @@ def _carry_out(
 def prepare(config: RunConfig) -> Source:
     """The text, its tokenizer and the dense model of a run; a checkpoint is verified before it is read."""
     draws = noise.generator(config.seed)
-    dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+    dtype = presets.dtype(config)
     if not config.checkpoint.name:
         tokenizer: Tokenizer = data.ByteTokenizer()
         drawn = noise.normal_like(qwen3.abstract(config.model), draws)

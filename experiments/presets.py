@@ -8,7 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from onn import check
+import torch
+
+from onn import calibration, check
 from onn.config import Value, from_dict, to_dict
 from onn.objective import (
     DensityConfig,
@@ -21,6 +23,7 @@ from onn.objective import (
 )
 from onn.observe import Json, decode
 from onn.qwen3 import MoeConfig, Qwen3Config
+from onn.tiling import tiling_name
 
 VERSION = 3
 """Of saved configurations; `load` upgrades older ones."""
@@ -250,6 +253,40 @@ def step_config(config: RunConfig, *, phase: Literal["dense", "moe", "dense_cont
         total_steps=config.train.dense_steps if dense else config.train.steps,
         engine="autograd",
     )
+
+
+def dtype(config: RunConfig) -> torch.dtype:
+    """Of the parameters."""
+    return torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+
+
+def bank_sizes(config: RunConfig) -> calibration.Sizes:
+    """Of the banks of one step of the carved model."""
+    experts = config.sparse.moe.num_experts
+    return calibration.Sizes(
+        num_experts=experts,
+        width=config.model.intermediate_size // experts,
+        hidden=config.model.hidden_size,
+        tokens=config.data.batch_size * config.data.sequence_length,
+        dtype=dtype(config),
+    )
+
+
+def tiled(config: RunConfig, path: Path) -> RunConfig:
+    """The same run with its banks computed by the tiling that `experiments/calibrating.py` left in a file.
+
+    The tiling itself stands in the configuration then, since bits depend on it: nothing reads the file again.
+
+    Raises:
+        ValueError: the file holds none for these sizes and this machine; the message says how to measure it.
+    """
+    try:
+        name = tiling_name(calibration.kept(path, bank_sizes(config)))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Measure it: uv run experiments/calibrating.py --file {path}, with the values of the run."
+        ) from error
+    return replace(config, sparse=replace(config.sparse, moe=replace(config.sparse.moe, backend=name)))
 
 
 def save(config: RunConfig) -> dict[str, Value]:

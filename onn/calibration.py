@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -19,6 +20,16 @@ ENTRIES = (2**19, 2**20, 2**21, 2**22)
 DENSITIES = (0.25, 0.4, 0.55, 0.7, 0.85)
 NEVER = 2.0
 """More than all tokens."""
+
+
+class Sizes(TypedDict):
+    """What a tiling is measured for."""
+
+    num_experts: int
+    width: int
+    hidden: int
+    tokens: int
+    dtype: torch.dtype
 
 
 def calibrated(
@@ -41,18 +52,27 @@ def calibrated(
     Raises:
         ValueError: the file is not such a file, or a size is not positive.
     """
-    sizes = {"E": num_experts, "I": width, "H": hidden, "T": tokens}
-    key = ", ".join((*(f"{name} {size}" for name, size in sizes.items()), str(dtype), *_machine()))
+    sizes = Sizes(num_experts=num_experts, width=width, hidden=hidden, tokens=tokens, dtype=dtype)
     known = _read(path)
-    found = known.get(key)
-    if isinstance(found, Mapping):
-        return _tiling(found, f"{path}: {key}")
-    measured = calibrate(
-        num_experts=num_experts, width=width, hidden=hidden, tokens=tokens, dtype=dtype, repeats=repeats
-    )
+    found = _found(known, sizes, path)
+    if found is not None:
+        return found
+    measured = calibrate(**sizes, repeats=repeats)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**known, key: measured._asdict()})
+    write_json(path, {**known, _key(sizes): measured._asdict()})
     return measured
+
+
+def kept(path: Path, sizes: Sizes) -> F.Tiling:
+    """The tiling for banks of this size that `calibrated` left in a file on this kind of machine.
+
+    Raises:
+        ValueError: there is no such file or it holds none for them; the message names size and machine.
+    """
+    found = _found(_read(path), sizes, path)
+    if found is None:
+        raise ValueError(f"{path}: no tiling for {_key(sizes)}.")
+    return found
 
 
 def calibrate(*, num_experts: int, width: int, hidden: int, tokens: int, dtype: torch.dtype, repeats: int) -> F.Tiling:
@@ -112,6 +132,16 @@ def _seconds(step: Callable[[], object]) -> float:
     before = time.perf_counter()
     step()
     return time.perf_counter() - before
+
+
+def _key(sizes: Sizes) -> str:
+    shape = f"E {sizes['num_experts']}, I {sizes['width']}, H {sizes['hidden']}, T {sizes['tokens']}"
+    return ", ".join((shape, str(sizes["dtype"]), *_machine()))
+
+
+def _found(known: Mapping[str, Json], sizes: Sizes, path: Path) -> F.Tiling | None:
+    found = known.get(_key(sizes))
+    return _tiling(found, f"{path}: {_key(sizes)}") if isinstance(found, Mapping) else None
 
 
 def _machine() -> tuple[str, ...]:

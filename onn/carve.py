@@ -40,7 +40,8 @@ def split_mlp(mlp: Mlp, *, num_experts: int) -> Experts:
     Raises:
         ValueError: the result would not be a Hyper-SMoE.
     """
-    sizes = check.shapes("split_mlp", ("gate", mlp.gate, "M H"), ("up", mlp.up, "M H"), ("down", mlp.down, "H M"))
+    sizes = _check_mlp("split_mlp", mlp)
+    check.at_least("split_mlp", "num_experts", num_experts, MIN_EXPERTS)
     size, rest = divmod(sizes["M"], num_experts)
     check.require(rest == 0, f"split_mlp: {sizes['M']} neurons do not divide into num_experts={num_experts}.")
     _check_sizes("split_mlp", num_experts, size)
@@ -62,7 +63,7 @@ def split_by(mlp: Mlp, partition: Tensor) -> Experts:
     Raises:
         ValueError: a neuron is missing or occurs twice, or the result would not be a Hyper-SMoE.
     """
-    sizes = check.shapes("split_by", ("gate", mlp.gate, "M H"), ("up", mlp.up, "M H"), ("down", mlp.down, "H M"))
+    sizes = _check_mlp("split_by", mlp)
     check_partition("split_by", partition)
     check.require(
         partition.numel() == sizes["M"],
@@ -70,6 +71,16 @@ def split_by(mlp: Mlp, partition: Tensor) -> Experts:
     )
     _check_sizes("split_by", *partition.shape)
     return Experts(gate=mlp.gate[partition], up=mlp.up[partition], down=mlp.down.mT[partition])
+
+
+def _check_mlp(where: str, mlp: Mlp, *others: tuple[str, Tensor, str]) -> dict[str, int]:
+    own = (("gate", mlp.gate, "float M H"), ("up", mlp.up, "float M H"), ("down", mlp.down, "float H M"))
+    return check.shapes(where, *own, *others)
+
+
+def _check_experts(where: str, experts: Experts, *others: tuple[str, Tensor, str]) -> dict[str, int]:
+    own = ((name, weight, "float E I H") for name, weight in zip(Experts._fields, experts, strict=True))
+    return check.shapes(where, *own, *others)
 
 
 def _check_sizes(where: str, num_experts: int, size: int) -> None:
@@ -91,6 +102,7 @@ def merge_experts(experts: Experts) -> Mlp:
     Returns:
         `Mlp` of E I neurons.
     """
+    _check_experts("merge_experts", experts)
     gate, up, down = (w.flatten(0, 1) for w in experts)
     return Mlp(gate=gate, up=up, down=down.mT.contiguous())
 
@@ -162,6 +174,7 @@ def open_router(experts: Experts, *, shared: int = 0) -> Router:
     Returns:
         `Router`; prototypes in the experts' dtype, thresholds float32 (float64 for float64 experts).
     """
+    _check_experts("open_router", experts)
     gate = experts.gate
     thresholds = torch.full((len(gate),), OPEN_THRESHOLD, dtype=F.reduction_dtype(gate.dtype), device=gate.device)
     return Router(prototypes=gate_prototypes(experts), thresholds=with_shared(thresholds, shared=shared))
@@ -171,7 +184,8 @@ def with_shared(thresholds: Tensor, *, shared: int) -> Tensor:
     """The thresholds [E] with those of the first `shared` experts such that, under squash `sigmoid`, they never close:
     -inf, which passes every token, has gradient 0, and stays what it is under `share_threshold_shift` and AdamW.
     """
-    check.between("with_shared", "shared", shared, 0, len(thresholds))
+    sizes = check.shapes("with_shared", ("thresholds", thresholds, "float E"))
+    check.between("with_shared", "shared", shared, 0, sizes["E"])
     first = torch.arange(len(thresholds), device=thresholds.device) < shared
     return thresholds.masked_fill(first, SHARED_THRESHOLD)
 
@@ -186,7 +200,8 @@ def neuron_norms(mlp: Mlp, x: Tensor) -> Tensor:
     Returns:
         [T, M], float32 (float64 for float64 inputs).
     """
-    check.shapes("neuron_norms", ("gate", mlp.gate, "M H"), ("down", mlp.down, "H M"), ("x", x, "T H"))
+    _check_mlp("neuron_norms", mlp, ("x", x, "float T H"))
+    check.one_dtype("neuron_norms", **mlp._asdict(), x=x)
     written = silu(linear(x, mlp.gate)) * linear(x, mlp.up)
     dtype = F.reduction_dtype(x.dtype)
     norms: Tensor = torch.linalg.vector_norm(mlp.down, dim=0, dtype=dtype)
@@ -203,7 +218,8 @@ def contributions(experts: Experts, x: Tensor) -> Tensor:
     Returns:
         [T, E], float32 (float64 for float64 inputs).
     """
-    check.shapes("contributions", ("gate", experts.gate, "E I H"), ("x", x, "T H"))
+    _check_experts("contributions", experts, ("x", x, "float T H"))
+    check.one_dtype("contributions", **experts._asdict(), x=x)
     dtype = F.reduction_dtype(x.dtype)
 
     def norm(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -225,12 +241,14 @@ def best_experts(experts: Experts, x: Tensor, *, k: int, shared: int = 0) -> Ten
     Returns:
         bool [T, E], `k` in each row; ties go to the lowest index.
     """
-    check.between("best_experts", "k", k, 1, len(experts.gate))
+    check.between("best_experts", "k", k, 1, _check_experts("best_experts", experts)["E"])
     return choose(contributions(experts, x), k=k, shared=shared)
 
 
 def choose(scores: Tensor, *, k: int, shared: int = 0) -> Tensor:
     """The first `shared` experts and, of the rest, those with the highest scores [T, E]: bool with `k` in each row."""
+    sizes = check.shapes("choose", ("scores", scores, "float T E"))
+    check.between("choose", "k", k, 1, sizes["E"])
     check.between("choose", "shared", shared, 0, k)
     first = torch.arange(scores.shape[1], device=scores.device) < shared
     return F.first_k(-scores.masked_fill(first, torch.inf), k=k)
@@ -245,6 +263,7 @@ def gate_prototypes(experts: Experts) -> Tensor:
     Returns:
         [E, H] in the experts' dtype.
     """
+    _check_experts("gate_prototypes", experts)
     return experts.gate.mean(dim=1, dtype=torch.promote_types(experts.gate.dtype, torch.float32)).to(experts.gate.dtype)
 
 
@@ -262,8 +281,9 @@ def token_prototypes(x: Tensor, chosen: Tensor, *, ridge: float) -> Tensor:
     Returns:
         [E, H], float32 (float64 for float64 inputs): unit vectors, 0 for an expert of no token or of all.
     """
-    sizes = check.shapes("token_prototypes", ("x", x, "T H"), ("chosen", chosen, "T E"))
-    check.require(ridge > 0, f"token_prototypes: expected ridge={ridge!r} > 0.")
+    sizes = check.shapes("token_prototypes", ("x", x, "float T H"), ("chosen", chosen, "bool T E"))
+    check.require(sizes["T"] > 0, "token_prototypes: x and chosen have no tokens.")
+    check.require(0 < ridge <= check.LARGEST, f"token_prototypes: expected ridge={ridge!r} > 0, and finite.")
     dtype = F.reduction_dtype(x.dtype)
     unit = normalize(x.to(dtype), dim=-1)
     centred = unit - unit.mean(dim=0)
@@ -288,7 +308,7 @@ def matched_thresholds(affinity: Tensor, chosen: Tensor) -> Tensor:
         [E] for squash `sigmoid`, halfway between the last affinity that passes and the first that does not; the range
         is taken to end at +-1.5, beyond every cosine. Ties of affinity may cost an expert its count.
     """
-    check.shapes("matched_thresholds", ("affinity", affinity, "T E"), ("chosen", chosen, "T E"))
+    check.shapes("matched_thresholds", ("affinity", affinity, "float T E"), ("chosen", chosen, "bool T E"))
     ranked = torch.sort(affinity.detach(), dim=0, descending=True).values
     bottom = torch.full_like(ranked[:1], OPEN_THRESHOLD)
     ranked, count = torch.cat([-bottom, ranked, bottom]), chosen.sum(dim=0)[None]
@@ -307,6 +327,10 @@ def calibrated(router: Router, x: Tensor, *, share: float, eps: float) -> Router
     Raises:
         ValueError: the shared experts alone are more than the share.
     """
+    check.shapes(
+        "calibrated", *zip(Router._fields, router, ("float E H", "float E"), strict=True), ("x", x, "float T H")
+    )
+    check.require(len(x) > 0, "calibrated: x has no tokens.")
     affinity = F.cosine_affinity(x, router.prototypes, eps=eps)
     target = torch.tensor(share, dtype=affinity.dtype, device=affinity.device)
     shift = F.share_threshold_shift(affinity, router.thresholds, squash="sigmoid", target=target)
@@ -336,6 +360,7 @@ def analytic_router(
         `Router` in the dtypes of `open_router`. A prototype is as long as the expert's mean gate row, so that learning
         rates mean what they mean after `carve`; it is that row for an expert of no token or of all.
     """
+    _check_experts("analytic_router", experts, ("x", x, "float T H"), ("chosen", chosen, "bool T E"))
     by_gate = gate_prototypes(experts).to(F.reduction_dtype(x.dtype))
     by_token = token_prototypes(x, chosen, ridge=ridge)
     length = torch.linalg.vector_norm(by_gate, dim=-1, keepdim=True)
@@ -361,6 +386,15 @@ def representative_scores(mlp: Mlp, neurons: Tensor, x: Tensor) -> Tensor:
     References:
         CMoE (Pei et al., 2502.04416).
     """
-    check.shapes("representative_scores", ("gate", mlp.gate, "M H"), ("neurons", neurons, "E"), ("x", x, "T H"))
+    sizes = _check_mlp("representative_scores", mlp, ("neurons", neurons, "integer E"), ("x", x, "float T H"))
+    check.one_dtype("representative_scores", gate=mlp.gate, up=mlp.up, x=x)
+    check.require(
+        neurons.dtype in (torch.int32, torch.int64), f"representative_scores: got neurons of {neurons.dtype}."
+    )
+    low, high = (int(value) for value in torch.aminmax(neurons)) if neurons.numel() else (0, -1)
+    check.require(
+        low >= 0 and high < sizes["M"],
+        f"representative_scores: neurons from {low} to {high} are not among {sizes['M']}.",
+    )
     gate, up = (normalize(w[neurons], dim=-1) for w in (mlp.gate, mlp.up))
     return (silu(linear(x, gate)) * linear(x, up)).abs()

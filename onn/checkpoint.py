@@ -55,7 +55,7 @@ def write(folder: Path, trees: Mapping[str, Tree], *, texts: Mapping[str, str], 
         for name, text in texts.items():
             storage.write_text(partial / name, text)
         files: dict[str, Json] = {path.name: _entry(path) for path in sorted(partial.iterdir())}
-        storage.write_text(partial / MANIFEST, _sealed({"format": FORMAT, "facts": facts, "files": files}))
+        storage.write_text(partial / MANIFEST, sealed({"format": FORMAT, "facts": facts, "files": files}))
         remove(folder)
         partial.rename(folder)
     finally:
@@ -137,7 +137,7 @@ def _entry(path: Path) -> Mapping[str, Json]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sealed(content: Mapping[str, Json]) -> str:
+def sealed(content: Mapping[str, Json]) -> str:
     """The text of a manifest: canonical, and signed with its own checksum."""
     seal = hashlib.sha256(encode(content, indent=2).encode()).hexdigest()
     return encode({**content, "sha256": seal}, indent=2) + "\n"
@@ -157,21 +157,22 @@ def _verified(folder: Path) -> Checkpoint:
     if not isinstance(manifest, Mapping) or not isinstance(facts, Mapping) or not isinstance(files, Mapping):
         raise ValueError(f"{path}: expected the objects 'facts' and 'files'.")
     check.require(
-        manifest.get("format") == FORMAT, f"{path}: expected format {FORMAT}, found {manifest.get('format')!r}."
+        manifest.get("format") == FORMAT,
+        f"{path}: expected format {FORMAT}, found {check.shown(manifest.get('format'))}.",
     )
     content = {key: value for key, value in manifest.items() if key != "sha256"}
-    check.require(_sealed(content).encode() == raw, f"{path}: its checksum does not fit; it was changed.")
+    check.require(sealed(content).encode() == raw, f"{path}: its checksum does not fit; it was changed.")
     found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     for name in sorted(found - set(files)):
         raise ValueError(f"{folder / name}: not in the manifest.")
     for name, expected in files.items():
         file = folder / name
         plain = Path(name).name == name and name in found and file.is_file() and not file.is_symlink()
-        check.require(plain, f"{folder}: {name!r} is missing, or no plain file.")
+        check.require(plain, f"{folder}: {check.shown(name)} is missing, or no plain file.")
         got = _entry(file)
         check.require(got == expected, f"{file}: expected {_shown(expected)}, found {_shown(got)}.")
     return Checkpoint(folder=folder, facts=facts)
 
 
 def _shown(entry: Json) -> str:
-    return encode(entry, indent=None)
+    return check.shown(encode(entry, indent=None), quoted=False, longest=200)

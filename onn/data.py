@@ -22,6 +22,9 @@ from onn.documents import load_corpus as load_corpus
 from onn.documents import retokenized as retokenized
 from onn.documents import text_corpus as text_corpus
 
+LONGEST = 2**22
+"""Tokens of a window."""
+
 
 class Batch(NamedTuple):
     """Windows of text and what comes next in each."""
@@ -95,6 +98,29 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
             )
 
 
+def check_batch(batch: Batch, *, vocab_size: int) -> None:
+    """Raise `ValueError` unless a batch is what a training step of this vocabulary takes.
+
+    It is `check_vocabulary` for batches that were not made here. It reads values, so it belongs where batches are made,
+    and not into the step.
+    """
+    check.shapes(
+        "check_batch",
+        ("tokens", batch.tokens, "integer B S"),
+        ("targets", batch.targets, "integer B S"),
+        ("mask", batch.mask, "bool B S"),
+        ("domain", batch.domain, "integer B"),
+    )
+    for name, ids in (("tokens", batch.tokens), ("targets", batch.targets)):
+        check.require(ids.dtype == torch.int64, f"check_batch: expected int64 {name}, got {ids.dtype}.")
+        check.require(ids.numel() > 0 and not ids.is_meta, f"check_batch: {name} {list(ids.shape)} has no values.")
+        low, high = (int(value) for value in torch.aminmax(ids))
+        check.require(
+            low >= 0 and high < vocab_size,
+            f"check_batch: {name} from {low} to {high}, the model has vocab_size={vocab_size}.",
+        )
+
+
 def sample_batch(pool: Pool, choice: Tensor) -> Batch:
     """Windows chosen by noise: every domain alike, and within it every window of the pool alike.
 
@@ -108,7 +134,19 @@ def sample_batch(pool: Pool, choice: Tensor) -> Batch:
     Guarantees: pure; the same noise gives the same batch. Every window lies within its domain and has a target that
     counts.
     """
-    check.shapes("sample_batch", ("choice", choice, "float B 2"))
+    check.shapes(
+        "sample_batch",
+        ("choice", choice, "float B 2"),
+        ("pool.tokens", pool.tokens, "integer N"),
+        ("pool.mask", pool.mask, "bool N"),
+        ("pool.starts", pool.starts, "integer W"),
+        ("pool.bounds", pool.bounds, "integer D"),
+    )
+    check.require(
+        len(pool.bounds) > 1 and len(pool.starts) > 0 and 0 < pool.length < len(pool.tokens),
+        f"sample_batch: pool has bounds {list(pool.bounds.shape)}, starts {list(pool.starts.shape)}, "
+        f"length={pool.length}, tokens {list(pool.tokens.shape)}: no window; expected what `pool` makes.",
+    )
     uniform = choice.double()
     domain = _pick(uniform[:, 0], torch.full_like(uniform[:, 0], len(pool.bounds) - 1))
     first = pool.bounds[domain]
@@ -145,6 +183,7 @@ def windows(tokens: Tensor, mask: Tensor, starts: Tensor, *, length: int) -> Bat
         len(outside) == 0,
         f"windows: starts {outside[:3].tolist()} of length={length} and a next token leave {sizes['N']} tokens.",
     )
+    check.require(length <= LONGEST, f"windows: expected length={length} <= {LONGEST}.")
     return _cut(tokens, mask, starts, length)
 
 
@@ -177,7 +216,8 @@ def evaluation_batches(tokens: Tensor, mask: Tensor, *, batch: int, length: int,
     N = check.shapes("evaluation_batches", ("tokens", tokens, "integer N"), ("mask", mask, "bool N"))["N"]
     check.require(not tokens.is_meta, "evaluation_batches: expected tokens with values, got them on meta.")
     starts = torch.arange(0, max(N - length, 0), length)
-    starts = starts[windows(tokens, mask, starts, length=length).mask.any(dim=1)][:limit]
+    if length < N:
+        starts = starts[windows(tokens, mask, starts, length=length).mask.any(dim=1)][:limit]
     check.require(
         len(starts) > 0,
         f"evaluation_batches: {N} tokens, {int(mask.sum())} to learn: no window of length={length} and a next token "

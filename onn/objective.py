@@ -5,8 +5,7 @@ Shape letters: B batch, S sequence, T = B S tokens, H hidden, E experts, L carve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,125 +17,18 @@ from onn.data import Batch
 from onn.functional.transform import Taps
 from onn.qwen3 import Carved, Model, Moe
 from onn.region import Region, inline
+from onn.settings import DensityConfig as DensityConfig
+from onn.settings import DistillConfig as DistillConfig
+from onn.settings import Granularity as Granularity
+from onn.settings import IntegrityConfig as IntegrityConfig
+from onn.settings import MoeTraining as MoeTraining
+from onn.settings import OptimConfig as OptimConfig
+from onn.settings import RouterConfig as RouterConfig
+from onn.settings import RouterTarget as RouterTarget
+from onn.settings import StepConfig as StepConfig
 from onn.tree import Tree
 
 T = TypeVar("T", bound=Tree)
-
-Granularity = Literal["token", "batch", "off"]
-RouterTarget = Literal["surprise", "normalised", "counterfactual"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW, its schedule and clipping."""
-
-    lr: float
-    """Peak learning rate."""
-    warmup: int
-    """Steps to the peak."""
-    floor: float
-    """Last learning rate as a share of the peak."""
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    """Largest global norm of the gradient."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IntegrityConfig:
-    """Predictive integrity."""
-
-    alpha: float
-    """Sensitivity."""
-    gamma: float
-    """Share of surprise against error."""
-    tau_floor: float
-    """Lower bound of the output entropy, in nats."""
-    delta: float
-    """Penalty of unsteadiness in the integral over a run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouterConfig:
-    """How the router is taught beside the gradient of the main loss."""
-
-    target: RouterTarget
-    """Surprise of the active experts, the same without the combine weight, or the counterfactual one of all experts."""
-    weight: float
-    """Weight of all router losses together."""
-    w_ce: float
-    """Cross-entropy with the least surprised expert."""
-    w_kl: float
-    """Divergence from the distribution over surprise."""
-    w_diversity: float
-    """Orthogonality of the prototypes."""
-    w_simplicity: float
-    """Small prototypes."""
-    temperature: float
-    """Margins are divided by it before every softmax."""
-    sensitivity: float
-    """Steepness of the PI-adaptive mix of surprise and balance."""
-    pi_threshold: float
-    """PI at which surprise and balance weigh the same; below it balance wins."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DensityConfig:
-    """The controller that brings the share of active experts down and holds it."""
-
-    target: float
-    """k / E to reach."""
-    ramp_steps: int
-    """Steps from every expert open to the target."""
-    gain: float
-    """Share of the measured error that is corrected each step."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares that mean nothing."""
-        check.between("DensityConfig", "target", self.target, 0, 1)
-        check.between("DensityConfig", "gain", self.gain, 0, 1)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DistillConfig:
-    """Soft targets from the dense model that the experts were carved from, beside the text's own."""
-
-    weight: float
-    """Share of the divergence from the teacher in what is minimised; at 0 no teacher is asked."""
-    temperature: float
-    """Divides the logits of both before every softmax."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        check.between("DistillConfig", "weight", self.weight, 0, 1)
-        check.require(self.temperature > 0, f"DistillConfig: expected temperature={self.temperature!r} > 0.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoeTraining:
-    """Everything that only a carved model needs."""
-
-    moe: qwen3.MoeConfig
-    granularity: Granularity
-    """SMK by token, by batch, or off."""
-    router: RouterConfig
-    density: DensityConfig
-    distill: DistillConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepConfig:
-    """What `step` needs to know; static, so a compiled step is compiled once."""
-
-    model: qwen3.Qwen3Config
-    sparse: MoeTraining | None
-    """`None` for a dense model."""
-    optim: OptimConfig
-    integrity: IntegrityConfig
-    total_steps: int
-    engine: tree.Engine
 
 
 class Measured(NamedTuple):
@@ -214,6 +106,8 @@ def distillation_loss(logits: Tensor, soft: Tensor, *, temperature: float) -> Te
     References:
         Hinton, Vinyals and Dean, 1503.02531.
     """
+    check.shapes("distillation_loss", ("logits", logits, "float T V"), ("soft", soft, "float T V"))
+    check.positive("distillation_loss", "temperature", temperature)
     student, teacher = (log_softmax(scores / temperature, dim=-1) for scores in (logits, soft))
     return temperature**2 * kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
@@ -241,11 +135,27 @@ def language_loss(
         The mean cross-entropy in nats, mixed with the divergence from the teacher where there is one; and what else the
         forward pass tells, detached.
     """
+    _check_batch("language_loss", batch)
     moe = None if config.sparse is None else config.sparse.moe
     x_BSH, carved = qwen3.hidden_states(model, batch.tokens, taps, config=config.model, moe=moe, region=region)
     readout = region(_readout_loss, kind="loss")
-    loss, seen = readout(model.norm, qwen3.output_weight(model), x_BSH, batch.targets, batch.mask, soft, config=config)
+    head = qwen3.output_weight(model)
+    try:
+        loss, seen = readout(model.norm, head, x_BSH, batch.targets, batch.mask, soft, config=config)
+    except IndexError as error:  # on a CPU, which looks before it reads
+        message = f"language_loss: targets that are not below vocab_size={config.model.vocab_size}: {error}."
+        raise ValueError(message) from error
     return loss, seen._replace(carved=carved)
+
+
+def _check_batch(where: str, batch: Batch) -> None:
+    check.shapes(
+        where,
+        ("tokens", batch.tokens, "integer B S"),
+        ("targets", batch.targets, "integer B S"),
+        ("mask", batch.mask, "bool B S"),
+    )
+    check.require(batch.targets.dtype == torch.int64, f"{where}: expected int64 targets, got {batch.targets.dtype}.")
 
 
 def _readout_loss(
@@ -285,11 +195,13 @@ def _readout_loss(
 
 def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
     """Taps for every carved layer of a model (see `onn.functional.zero_taps`)."""
+    check.at_least("zero_taps", "tokens", tokens, 0)
     return tuple(F.zero_taps(names, tokens=tokens, experts=layer.experts) for layer in carved_layers(model))
 
 
 def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
     """Surprise of the summed loss: that of the mean loss times the targets that count, so free of the batch size."""
+    _check_batch("scaled_surprise", batch)
     total = batch.mask.sum().clamp_min(1)
     return tuple(
         {name: value * (total**2 if name == "neuron" else total) for name, value in tap.items()} for tap in taps
@@ -316,6 +228,7 @@ def measure(model: Model, batch: Batch, *, config: StepConfig) -> tuple[Tensor, 
 
 def target_share(step: Tensor, *, config: DensityConfig) -> Tensor:
     """The share of active experts to aim at: linear from 1 down to the target over the ramp."""
+    check.holds("target_share", "step", step, "real")
     progress = (step.to(torch.float32) / max(config.ramp_steps, 1)).clamp(max=1)
     return 1 - (1 - config.target) * progress
 
@@ -356,6 +269,11 @@ def sparse_metrics(
     loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: IntegrityConfig, region: Region = inline
 ) -> SparseMetrics:
     """The figures of a carved model from one forward and backward pass."""
+    check.require(
+        len(seen.carved) == len(surprise) > 0 and all("surprise" in tap for tap in surprise),
+        f"sparse_metrics: expected a tap 'surprise' for each of {len(seen.carved)} carved layers, one or more, got "
+        f"{[sorted(tap) for tap in surprise]}.",
+    )
     of_layer = region(_layer_figures, kind="figures")
     layers = [of_layer(layer, tap["surprise"]) for layer, tap in zip(seen.carved, surprise, strict=True)]
     figures = _LayerFigures(*(_stacked(column) for column in zip(*layers, strict=True)))

@@ -132,7 +132,8 @@ def mutual_information(counts: Tensor) -> float:
     Symmetric, unchanged by a permutation of rows or columns; 0 for independent labels and for a table of zeros; at most
     `log(min(R, C))`. This plug-in estimate is too large by about `(R - 1) (C - 1) / (2 N)` for N independent draws.
     """
-    check.shapes("mutual_information", ("counts", counts, "R C"))
+    check.shapes("mutual_information", ("counts", counts, "real R C"))
+    check.require(not counts.is_meta, "mutual_information: expected counts with values, got them on meta.")
     table = counts.detach().to("cpu", torch.float64)
     check.require(bool(((table >= 0) & table.isfinite()).all()), "mutual_information: counts must be finite and >= 0.")
     total = table.sum()
@@ -279,7 +280,7 @@ def usage_figure(usage: Tensor, domains: Sequence[str]) -> Figure:
     `share` is the expert's part of the pairs of its domain. The experts of a layer stand in the order of the domain
     they favour; the title gives the mutual information of expert and domain. Hatched: never active on that domain.
     """
-    sizes = check.shapes("expert_by_domain", ("usage", usage, "L D E"))
+    sizes = check.shapes("expert_by_domain", ("usage", usage, "real L D E"))
     L, D, E = sizes["L"], sizes["D"], sizes["E"]
     check.require(usage.numel() > 0, f"expert_by_domain: usage {list(usage.shape)} is empty.")
     check.require(len(domains) == D, f"expert_by_domain: expected {D} names of domains, got {list(domains)}.")
@@ -316,7 +317,7 @@ def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
     `per_layer` divides by the mean of the layer: early layers are surprised most, and the differences within a layer
     would hardly show.
     """
-    sizes = check.shapes("surprise_map", ("surprise", surprise, "L E"))
+    sizes = check.shapes("surprise_map", ("surprise", surprise, "float L E"))
     check.require(surprise.numel() > 0, f"surprise_map: surprise {list(surprise.shape)} is empty.")
     values = surprise.detach().to("cpu", torch.float64)
     values = values.where(values.isfinite(), torch.nan)

@@ -26,6 +26,13 @@ class Rates:
     eps: float
     weight_decay: float
 
+    def __post_init__(self) -> None:
+        """Refuse values under which no step means anything."""
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            check.require(0 <= beta < 1, f"adamw: expected 0 <= {name}={beta!r} < 1.")
+        check.weight("adamw", "eps", self.eps)
+        check.weight("adamw", "weight_decay", self.weight_decay)
+
 
 class AdamWState(NamedTuple, Generic[Params]):
     """What AdamW remembers, each a tree of the structure of the parameters."""
@@ -47,6 +54,13 @@ def adamw_init(params: Params, learns: Params) -> AdamWState[Params]:
     Returns:
         Zeros; moments are float32 (float64 for float64 parameters).
     """
+    _check_leaves("adamw_init", params, learns=learns)
+    for path, leaf, mask in zip(tree.paths(params), tree.leaves(params), tree.leaves(learns), strict=True):
+        check.holds("adamw_init", f"params {path}", leaf, "float")
+        check.require(
+            leaf.device == mask.device,
+            f"adamw_init: params {path} are on {leaf.device}, what learns is on {mask.device}.",
+        )
     moments = tree.map1(lambda p: torch.zeros_like(p, dtype=reduction_dtype(p.dtype)), params)
     return AdamWState(
         steps=tree.map1(lambda mask: torch.zeros_like(mask, dtype=torch.int64), learns),
@@ -91,14 +105,25 @@ def adamw(
     References:
         Loshchilov and Hutter, 1711.05101.
     """
-    bits: list[tuple[Tensor, ...]] = [(leaf,) for leaf in tree.leaves(noise)] or [()] * len(tree.leaves(params))
     columns = (params, grads, state.steps, state.mean, state.square, learns)
+    _check_leaves("adamw", params, grads=grads, steps=state.steps, mean=state.mean, square=state.square, learns=learns)
+    if tree.leaves(noise):
+        _check_leaves("adamw", params, noise=noise)
+    bits: list[tuple[Tensor, ...]] = [(leaf,) for leaf in tree.leaves(noise)] or [()] * len(tree.leaves(params))
     rows = zip(*(tree.leaves(column) for column in columns), bits, strict=True)
     scale = torch.ones((), device=lr.device)
     rates = Rates(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
     moved = [adamw_leaf(Entry(*row), lr=lr, scale=scale, rates=rates, region=inline) for row in rows]
     new, steps, mean, square = (tree.unflatten(params, column) for column in zip(*moved, strict=True))
     return new, AdamWState(steps=steps, mean=mean, square=square)
+
+
+def _check_leaves(where: str, params: Tree, **others: Tree) -> None:
+    """Refuse another tree of more or fewer leaves than `params`."""
+    expected = len(tree.leaves(params))
+    for name, other in others.items():
+        found = len(tree.leaves(other))
+        check.require(found == expected, f"{where}: expected {expected} leaves in {name}, as in params, got {found}.")
 
 
 class Entry(NamedTuple):
@@ -115,6 +140,35 @@ class Entry(NamedTuple):
     """int16 for the rounding; empty for parameters that are not bfloat16."""
 
 
+def _check_entry(entry: Entry, lr: Tensor, scale: Tensor) -> None:
+    """Refuse what does not belong together; nothing is written down before something is wrong."""
+    p, wide = entry.param, (entry.mean, entry.square)
+    alike = all(own.shape == p.shape for own in (entry.grad, *wide, *entry.bits))
+    together = all(own.device == p.device for own in (*entry[:-1], *entry.bits))
+    if not alike or not together or entry.steps.shape != entry.learns.shape:
+        parts = zip((*Entry._fields[:-1], "noise"), (*entry[:-1], *entry.bits), strict=False)
+        listed = ", ".join(f"{name} {list(own.shape)} on {own.device}" for name, own in parts)
+        raise ValueError(f"adamw: shapes do not fit params: {listed}.")
+    if any(own.dtype != reduction_dtype(p.dtype) for own in wide):
+        raise ValueError(
+            f"adamw: mean of {wide[0].dtype} and square of {wide[1].dtype} do not fit params of {p.dtype}."
+        )
+    for name, tensor, kind in (
+        ("params", p, "float"),
+        ("grads", entry.grad, "float"),
+        ("steps", entry.steps, "integer"),
+        ("learns", entry.learns, "bool"),
+        ("lr", lr, "float"),
+        ("scale", scale, "float"),
+    ):
+        check.holds("adamw", name, tensor, kind)
+    if lr.ndim or scale.ndim or lr.is_meta != p.is_meta or scale.is_meta != p.is_meta:
+        raise ValueError(
+            f"adamw: expected scalars lr and scale where params are, on {p.device}, got lr {list(lr.shape)} on "
+            f"{lr.device}, scale {list(scale.shape)} on {scale.device}."
+        )
+
+
 def adamw_leaf(
     entry: Entry, *, lr: Tensor, scale: Tensor, rates: Rates, region: Region
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,6 +180,7 @@ def adamw_leaf(
         ValueError: `learns` is not one for each row.
     """
     p, steps, learns = entry.param, entry.steps, entry.learns
+    _check_entry(entry, lr, scale)
     rows = p.shape[: learns.ndim - learns.shape.count(1)] if learns.numel() > 1 else ()
     check.require(
         learns.numel() == math.prod(rows) and learns.shape == (*rows, *(1,) * (learns.ndim - len(rows))),
@@ -192,7 +247,7 @@ def narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
     if dtype != torch.bfloat16:
         return x.to(dtype)
     if bits is None:
-        raise ValueError("adamw: bfloat16 parameters need noise, uniform int16 of their shapes; got none.")
+        raise ValueError("adamw: bfloat16 parameters need noise, uniform int16 of the shapes of params; got none.")
     return stochastic_round(x, bits)
 
 
@@ -211,19 +266,32 @@ def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
     """
     check.require(x.dtype == torch.float32, f"stochastic_round: expected float32, got x of {x.dtype}.")
     check.require(bits.dtype == torch.int16, f"stochastic_round: expected int16 noise, got bits of {bits.dtype}.")
+    check.require(
+        x.shape == bits.shape and x.device == bits.device,
+        f"stochastic_round: bits {list(bits.shape)} on {bits.device} do not fit x {list(x.shape)} on {x.device}.",
+    )
     noisy = (x.view(torch.int32) + (bits.to(torch.int32) & 0xFFFF)) & -0x10000
     return torch.where(torch.isfinite(x), noisy.view(torch.float32), x).to(torch.bfloat16)
 
 
 def global_norm(grads: Tree) -> Tensor:
     """The Euclidean norm of all leaves together, float32 (float64 for float64 leaves)."""
-    norms = [torch.linalg.vector_norm(g, dtype=reduction_dtype(g.dtype)) for g in tree.leaves(grads)]
+    found = tree.leaves(grads)
+    check.require(len(found) > 0, "global_norm: expected grads with a leaf, got none.")
+    for path, leaf in zip(tree.paths(grads), found, strict=True):
+        check.holds("global_norm", f"grads {path}", leaf, "float")
+    norms = [torch.linalg.vector_norm(g, dtype=reduction_dtype(g.dtype)) for g in found]
     total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return total
 
 
 def clip_scale(norm: Tensor, *, max_norm: float) -> Tensor:
     """What to multiply gradients of a global norm with so that it is at most `max_norm`; 1 where the norm is NaN."""
+    check.holds("clip_scale", "norm", norm, "float")
+    check.require(
+        0 < max_norm <= check.LARGEST or max_norm == math.inf,
+        f"clip_scale: expected 0 < max_norm={max_norm!r} <= {check.LARGEST:g}, or infinite.",
+    )
     return (max_norm / norm.clamp_min(max_norm)).nan_to_num(nan=1.0)
 
 
@@ -251,6 +319,11 @@ def warmup_cosine(step: Tensor, *, peak: float, warmup: int, total: int, floor: 
     Returns:
         float32 scalar; positive at step 0 when `warmup` is not 0.
     """
+    check.holds("warmup_cosine", "step", step, "real")
+    check.weight("warmup_cosine", "peak", peak)
+    check.between("warmup_cosine", "floor", floor, 0, 1)
+    for name, value in (("warmup", warmup), ("total", total)):
+        check.between("warmup_cosine", name, value, 0, 2**62)
     at = step.to(torch.float32)
     rising = (at + 1) / max(warmup, 1)
     progress = ((at - warmup) / max(total - warmup, 1)).clamp(0, 1)

@@ -39,10 +39,9 @@ def cut(order: Tensor, *, num_experts: int) -> Tensor:
         ValueError: `num_experts` does not divide M, or `order` is no permutation.
     """
     sizes = check.shapes("cut", ("order", order, "M"))
-    check.at_least("cut", "num_experts", num_experts, 1)
-    check.require(
-        sizes["M"] % num_experts == 0, f"cut: {sizes['M']} neurons do not divide into num_experts={num_experts}."
-    )
+    check.require(order.dtype == torch.int64, f"cut: expected int64 order, got {order.dtype}.")
+    _check_divides("cut", "order", sizes["M"], num_experts)
+    _check_values("cut", "order", order)
     partition: Tensor = order.unflatten(0, (num_experts, -1))
     check_partition("cut", partition)
     return partition
@@ -51,17 +50,33 @@ def cut(order: Tensor, *, num_experts: int) -> Tensor:
 def check_partition(where: str, partition: Tensor) -> None:
     """Raise `ValueError` unless `partition` is [E, I] int64 and holds every number below E I once."""
     check.shapes(where, ("partition", partition, "E I"))
-    check.require(partition.dtype == torch.int64, f"{where}: expected int64 neurons, got {partition.dtype}.")
+    check.require(partition.dtype == torch.int64, f"{where}: expected int64 partition, got {partition.dtype}.")
+    _check_values(where, "partition", partition)
     found, size = torch.sort(partition.flatten()).values, partition.numel()
     check.require(
         torch.equal(found, torch.arange(size, device=found.device)),
-        f"{where}: expected every neuron from 0 to {size - 1} once; missing "
+        f"{where}: expected in partition every neuron from 0 to {size - 1} once; missing "
         f"{sorted(set(range(size)) - set(found.tolist()))[:5]}, smallest {int(found[0])}, largest {int(found[-1])}.",
     )
 
 
+def _check_divides(where: str, name: str, points: int, groups: int, *, what: str = "neurons", into: str = "") -> None:
+    check.require(
+        groups >= 1 and points >= 1 and points % groups == 0,
+        f"{where}: {name}: {points} {what} do not divide into {into or f'num_experts={groups}'}.",
+    )
+
+
+def _check_values(where: str, name: str, tensor: Tensor) -> None:
+    """Refuse a tensor without entries, without values, or with one that is not finite."""
+    check.require(tensor.numel() > 0 and not tensor.is_meta, f"{where}: {name} {list(tensor.shape)} has no values.")
+    check.require(bool(torch.isfinite(tensor).all()), f"{where}: expected finite {name}.")
+
+
 def groups(labels: Tensor, *, num_groups: int) -> Tensor:
     """The members of every group, in order, [K, N / K], from the label [N] of every point; all groups of one size."""
+    sizes = check.shapes("groups", ("labels", labels, "integer N"))
+    _check_divides("groups", "labels", sizes["N"], num_groups, what="points", into=f"num_groups={num_groups}")
     members: Tensor = torch.argsort(labels, stable=True).unflatten(0, (num_groups, -1))
     return members
 
@@ -85,13 +100,14 @@ def balanced_assignment(benefit: Tensor, *, tolerance: float = TOLERANCE) -> Ten
     References:
         Bertsekas and Castanon, The auction algorithm for the transportation problem, 1989.
     """
-    sizes = check.shapes("balanced_assignment", ("benefit", benefit, "N K"))
+    sizes = check.shapes("balanced_assignment", ("benefit", benefit, "float N K"))
     N, K = sizes["N"], sizes["K"]
-    check.require(N % K == 0, f"balanced_assignment: {N} points do not divide into {K} groups.")
+    _check_divides("balanced_assignment", "benefit", N, K, what="points", into=f"{K} groups")
+    _check_values("balanced_assignment", "benefit", benefit)
     check.at_least("balanced_assignment", "tolerance", tolerance, FINEST)
     wide = benefit.detach().double()
     low, spread = wide.min(), float(wide.max() - wide.min())
-    check.require(math.isfinite(spread), "balanced_assignment: expected finite benefits.")
+    check.require(math.isfinite(spread), f"balanced_assignment: expected a finite spread of benefit, got {spread}.")
     labels, price = torch.zeros(N, dtype=torch.int64, device=wide.device), wide.new_zeros(K)
     if K == 1:
         return labels
@@ -138,7 +154,11 @@ def spread_centres(points: Tensor, uniform: Tensor) -> Tensor:
     References:
         Arthur and Vassilvitskii, k-means++, 2007.
     """
-    sizes = check.shapes("spread_centres", ("points", points, "N D"), ("uniform", uniform, "K"))
+    sizes = check.shapes("spread_centres", ("points", points, "float N D"), ("uniform", uniform, "float K"))
+    check.require(
+        min(*sizes.values()) > 0,
+        f"spread_centres: points {list(points.shape)} or uniform {list(uniform.shape)} have no entries.",
+    )
     wide = points.to(reduction_dtype(points.dtype))
     nearest = torch.full_like(wide[:, 0], torch.inf, dtype=torch.float64)
     chosen: list[Tensor] = []
@@ -169,7 +189,10 @@ def balanced_kmeans(points: Tensor, centres: Tensor, *, steps: int = STEPS) -> T
         Malinen and Franti, Balanced k-means for clustering, 2014; MoEfication (Zhang et al., 2110.01786) groups rows of
         the first matrix by it.
     """
-    sizes = check.shapes("balanced_kmeans", ("points", points, "N D"), ("centres", centres, "K D"))
+    sizes = check.shapes("balanced_kmeans", ("points", points, "float N D"), ("centres", centres, "float K D"))
+    _check_divides("balanced_kmeans", "points", sizes["N"], sizes["K"], what="rows", into=f"{sizes['K']} centres")
+    for name, given in (("points", points), ("centres", centres)):
+        _check_values("balanced_kmeans", name, given)
     check.at_least("balanced_kmeans", "steps", steps, 1)
     wide = points.to(reduction_dtype(points.dtype))
     found, means = None, centres.to(wide.dtype)
@@ -194,7 +217,7 @@ def most_active(strength: Tensor, *, k: int) -> Tensor:
     Returns:
         bool [T, M]; ties go to the lowest index.
     """
-    sizes = check.shapes("most_active", ("strength", strength, "T M"))
+    sizes = check.shapes("most_active", ("strength", strength, "float T M"))
     check.between("most_active", "k", k, 1, sizes["M"])
     return first_k(-strength, k=k)
 
@@ -212,8 +235,9 @@ def by_gate_rows(gate: Tensor, uniform: Tensor) -> Tensor:
     References:
         The parameter clustering of MoEfication (Zhang et al., 2110.01786).
     """
-    check.shapes("by_gate_rows", ("gate", gate, "M H"), ("uniform", uniform, "E"))
-    return _by_points(normalize(gate.to(reduction_dtype(gate.dtype)), dim=1), uniform)
+    check.shapes("by_gate_rows", ("gate", gate, "float M H"), ("uniform", uniform, "float E"))
+    _check_values("by_gate_rows", "gate", gate)
+    return _by_points("by_gate_rows", "gate", normalize(gate.to(reduction_dtype(gate.dtype)), dim=1), uniform)
 
 
 def by_coactivation(active: Tensor, uniform: Tensor) -> Tensor:
@@ -230,8 +254,9 @@ def by_coactivation(active: Tensor, uniform: Tensor) -> Tensor:
         The co-activation graph of MoEfication (Zhang et al., 2110.01786), cut there by METIS; here its edges, the joint
         counts, are divided by the geometric mean of the two neurons' own and are the scalar products of the points.
     """
-    check.shapes("by_coactivation", ("active", active, "T M"), ("uniform", uniform, "E"))
-    return _by_points(normalize(active.mT.float(), dim=1), uniform)
+    check.shapes("by_coactivation", ("active", active, "bool T M"), ("uniform", uniform, "float E"))
+    _check_values("by_coactivation", "active", active)
+    return _by_points("by_coactivation", "active", normalize(active.mT.float(), dim=1), uniform)
 
 
 def by_contribution(norms: Tensor, uniform: Tensor) -> Tensor:
@@ -247,11 +272,13 @@ def by_contribution(norms: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         The partition [E, M / E].
     """
-    check.shapes("by_contribution", ("norms", norms, "T M"), ("uniform", uniform, "E"))
-    return _by_points(norms.mT, uniform)
+    check.shapes("by_contribution", ("norms", norms, "float T M"), ("uniform", uniform, "float E"))
+    _check_values("by_contribution", "norms", norms)
+    return _by_points("by_contribution", "norms", norms.mT, uniform)
 
 
-def _by_points(points: Tensor, uniform: Tensor) -> Tensor:
+def _by_points(where: str, name: str, points: Tensor, uniform: Tensor) -> Tensor:
+    _check_divides(where, name, len(points), len(uniform), into=f"the {len(uniform)} experts of uniform")
     return balanced_kmeans(points, spread_centres(points, uniform))
 
 
@@ -271,12 +298,10 @@ def shared_and_routed(active: Tensor, *, num_experts: int, shared: int, steps: i
         CMoE (Pei et al., 2502.04416), which ranks neurons by their rate of activation and clusters the columns of
         `active`.
     """
-    sizes = check.shapes("shared_and_routed", ("active", active, "T M"))
+    sizes = check.shapes("shared_and_routed", ("active", active, "bool T M"))
+    _check_divides("shared_and_routed", "active", sizes["M"], num_experts)
+    _check_values("shared_and_routed", "active", active)
     check.between("shared_and_routed", "shared", shared, 0, num_experts - 1)
-    check.require(
-        sizes["M"] % num_experts == 0,
-        f"shared_and_routed: {sizes['M']} neurons do not divide into num_experts={num_experts}.",
-    )
     size = sizes["M"] // num_experts
     by_rate = torch.argsort(active.sum(dim=0), descending=True, stable=True)
     always, rest = by_rate[: shared * size], torch.sort(by_rate[shared * size :]).values
@@ -290,13 +315,19 @@ def representatives(points: Tensor, partition: Tensor) -> Tensor:
     """The neuron of every expert that is nearest to the mean of its expert's points (CMoE, 2502.04416).
 
     Args:
-        points: [M, D].
+        points: [M, D], numbers or bool.
         partition: [E, I].
 
     Returns:
         [E] neurons; ties go to the first of the expert.
     """
-    check.shapes("representatives", ("points", points, "M D"), ("partition", partition, "E I"))
+    sizes = check.shapes("representatives", ("points", points, "M D"), ("partition", partition, "integer E I"))
+    check.require(not points.is_complex(), f"representatives: expected real or bool points, got {points.dtype}.")
+    check_partition("representatives", partition)
+    check.require(
+        partition.numel() == sizes["M"],
+        f"representatives: a partition {list(partition.shape)} does not fit {sizes['M']} points.",
+    )
     members = points.to(reduction_dtype(points.dtype))[partition]
     nearest = (members - members.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmin(dim=1)
     return partition.gather(1, nearest[:, None])[:, 0]

@@ -10,127 +10,39 @@ V vocabulary, N query heads, K key-value heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import embedding, linear, silu
-from transformers import Qwen3Config as TransformersConfig
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from onn import check
-from onn.functional.experts import Backend, bank
-from onn.functional.routing import Combine, Squash, cosine_affinity, threshold_route, top_k_route
+from onn.architecture import LARGEST_SIZE as LARGEST_SIZE
+from onn.architecture import MAX_EXPERT_SIZE as MAX_EXPERT_SIZE
+from onn.architecture import MIN_EXPERTS as MIN_EXPERTS
+from onn.architecture import MOST_LAYERS as MOST_LAYERS
+from onn.architecture import Modules as Modules
+from onn.architecture import MoeConfig as MoeConfig
+from onn.architecture import Qwen3Config as Qwen3Config
+from onn.architecture import Route as Route
+from onn.architecture import transformers_config as transformers_config
+from onn.functional.experts import bank
+from onn.functional.routing import cosine_affinity, threshold_route, top_k_route
 from onn.functional.types import Experts, Router, Routing
 from onn.region import Region, inline
-from onn.tree import detach, map1
+from onn.tiling import backend_of
+from onn.tree import detach, leaves, map1, shapes
 
-Route = Literal["threshold", "top_k"]
-
-MAX_EXPERT_SIZE = 96
-MIN_EXPERTS = 10
-
-
-class Modules(NamedTuple):
-    """transformers' own modules, without parameters."""
-
-    attention: nn.Module
-    norm: nn.Module
-    rotary: nn.Module
-
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
+_LEAVES = (
+    *(("embedding", "float V H"), ("head.0", "float V H"), ("norm", "float H"), ("input_norm", "float H")),
+    *(("attention.q", "float Q H"), ("attention.k", "float K H"), ("attention.v", "float K H")),
+    *(("attention.o", "float H Q"), ("q_norm", "float D"), ("k_norm", "float D"), ("post_attention_norm", "float H")),
+    *(("mlp.gate", "float M H"), ("mlp.up", "float M H"), ("mlp.down", "float H M")),
+    *(("experts.gate", "float E I H"), ("experts.up", "float E I H"), ("experts.down", "float E I H")),
+    *(("prototypes", "float E H"), ("thresholds", "float E")),
 )
-LARGEST_SIZE = 2**22
-MOST_LAYERS = 1024
-"""Larger ones are a damaged file; what they describe would not fit any machine."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Qwen3Config:
-    """Architecture of a Qwen3 language model, under the names of its `config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float
-    rms_norm_eps: float
-    initializer_range: float
-    tie_word_embeddings: bool
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that no Qwen3 can have."""
-        for name in _SIZES:
-            check.between("Qwen3Config", name, getattr(self, name), 1, LARGEST_SIZE)
-        check.between("Qwen3Config", "num_hidden_layers", self.num_hidden_layers, 1, MOST_LAYERS)
-        check.between("Qwen3Config", "initializer_range", self.initializer_range, 0, 1e3)
-        for name in ("rope_theta", "rms_norm_eps"):
-            check.positive("Qwen3Config", name, getattr(self, name))
-        check.require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"Qwen3Config: num_attention_heads={self.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={self.num_key_value_heads}.",
-        )
-        check.require(self.head_dim % 2 == 0, f"Qwen3Config: head_dim={self.head_dim} is odd; rotary needs pairs.")
-        _ = self.modules
-
-    @cached_property
-    def modules(self) -> Modules:
-        """Built with the configuration, so that a compiled function finds them instead of tracing their making."""
-        reference = transformers_config(self)
-        rotary = Qwen3RotaryEmbedding(reference)
-        with torch.device("meta"):
-            attention = Qwen3Attention(reference, layer_idx=0).eval()
-            norm = Qwen3RMSNorm(self.hidden_size, eps=self.rms_norm_eps)
-        return Modules(attention=attention, norm=norm, rotary=rotary)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoeConfig:
-    """How the experts of a Hyper-SMoE are cut, routed and taught."""
-
-    num_experts: int
-    """Experts a layer; at least 10, and small enough that each has at most 96 neurons."""
-    route: Route
-    """`threshold`: the experts whose threshold a token's cosine passes; `top_k`: exactly Qwen3-MoE's gate."""
-    top_k: int
-    """Experts of every token under `top_k`."""
-    normalise: bool
-    """Under `top_k`, scale the weights of a token's experts to sum 1: Qwen3-MoE's `norm_topk_prob`."""
-    squash: Squash
-    """Under `threshold`, what stands between the cosine and the sigmoid of the threshold."""
-    combine: Combine
-    """Under `threshold`; `sum` keeps a carved model equal to its dense origin while every expert is open."""
-    fallback_k: int
-    """Under `threshold`, experts of a token that passes none."""
-    cosine_eps: float
-    """Floor of the norms in the cosine."""
-    min_k: int
-    """SMK: how many of a token's active experts learn from it; `num_experts` keeps all."""
-    backend: Backend
-    """How the bank is computed."""
-
-    def __post_init__(self) -> None:
-        """Refuse what is not a Hyper-SMoE."""
-        check.at_least("MoeConfig", "num_experts", self.num_experts, MIN_EXPERTS)
-        for name in ("min_k", "fallback_k", "top_k"):
-            check.between("MoeConfig", name, getattr(self, name), 1, self.num_experts)
-        check.one_of("MoeConfig", "route", self.route, get_args(Route))
+"""What each parameter is, by the end of its path; Q = N D, and K stands for K D."""
 
 
 class Attention(NamedTuple):
@@ -210,26 +122,6 @@ class Output(NamedTuple):
     """One entry for each carved layer, in order; empty for a dense model."""
 
 
-def transformers_config(config: Qwen3Config) -> TransformersConfig:
-    """The same architecture as transformers' own configuration."""
-    reference = TransformersConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        rms_norm_eps=config.rms_norm_eps,
-        initializer_range=config.initializer_range,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
-    reference._attn_implementation = "sdpa"
-    return reference
-
-
 def abstract(config: Qwen3Config) -> Model:
     """The parameter tree of the dense model with shapes alone, on `meta`: a template for initialising and loading."""
     H, M, D = config.hidden_size, config.intermediate_size, config.head_dim
@@ -250,8 +142,33 @@ def abstract(config: Qwen3Config) -> Model:
     return Model(embedding=of(config.vocab_size, H), layers=(layer,) * config.num_hidden_layers, norm=of(H), head=head)
 
 
+def check_model(where: str, model: Model, *, config: Qwen3Config, moe: MoeConfig | None) -> None:
+    """Raise `ValueError` unless the parameters, dense or carved, have the shapes of a configuration and one dtype."""
+    D, queries = config.head_dim, config.num_attention_heads * config.head_dim
+    expected = {"V": config.vocab_size, "H": config.hidden_size, "M": config.intermediate_size, "D": D}
+    expected |= {"Q": queries, "K": config.num_key_value_heads * D} | ({} if moe is None else {"E": moe.num_experts})
+    found, layers = len(model.layers), config.num_hidden_layers
+    check.require(found == layers, f"{where}: the model has {found} layers, the configuration {layers}.")
+    heads, tied = len(model.head), config.tie_word_embeddings
+    check.require(int(not tied) <= heads <= 1, f"{where}: the model has {heads} heads, tie_word_embeddings={tied}.")
+    for position, layer in enumerate(model.layers):
+        part = f"{where}, layer {position}"
+        for letter, size in shapes(part, model._replace(layers=(layer,)), dict(_LEAVES)).items():
+            fits = expected.get(letter, size)
+            check.require(size == fits, f"{part}: the model has {letter}={size}, the configuration {letter}={fits}.")
+        own = layer.mlp.experts if isinstance(layer.mlp, Moe) else layer.mlp
+        parts = (layer.input_norm, layer.attention, layer.post_attention_norm, own)
+        weights = {leaf.dtype for leaf in leaves(parts)}
+        check.require(
+            weights == {model.embedding.dtype}, f"{part}: dtypes {weights}, embedding of {model.embedding.dtype}."
+        )
+
+
 def init(noise: Model, *, config: Qwen3Config, dtype: torch.dtype) -> Model:
     """Initial parameters of a dense model: `initializer_range` times standard normal `noise`, norms at one."""
+
+    check.require(dtype.is_floating_point, f"init: expected a floating dtype, got {dtype}.")
+    check_model("init", noise, config=config, moe=None)
 
     def scaled(leaf: Tensor) -> Tensor:
         return torch.ones_like(leaf, dtype=dtype) if leaf.ndim == 1 else (leaf * config.initializer_range).to(dtype)
@@ -259,23 +176,27 @@ def init(noise: Model, *, config: Qwen3Config, dtype: torch.dtype) -> Model:
     return map1(scaled, noise)
 
 
+def _check_last(where: str, x: Tensor, name: str, weight: Tensor) -> None:
+    check.holds(where, "x", x, "float")
+    check.holds(where, name, weight, "float")
+    check.require(
+        x.ndim > 0 and weight.shape[-1:] == x.shape[-1:] and weight.device == x.device,
+        f"{where}: {name} {list(weight.shape)} on {weight.device} does not fit x {list(x.shape)} on {x.device}.",
+    )
+
+
 def apply_norm(weight: Tensor, x: Tensor, config: Qwen3Config) -> Tensor:
     """transformers' RMS norm with `weight` [H] on `x` [..., H]."""
+    _check_last("apply_norm", x, "weight", weight)
     return cast("Tensor", functional_call(config.modules.norm, {"weight": weight}, (x,)))
 
 
 def apply_attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor], config: Qwen3Config) -> Tensor:
     """transformers' causal attention on `x` [B, S, H], with the cosines and sines of `rotary_positions`."""
-    weights: Mapping[str, Tensor] = {
-        "q_proj.weight": attention.q,
-        "k_proj.weight": attention.k,
-        "v_proj.weight": attention.v,
-        "o_proj.weight": attention.o,
-        "q_norm.weight": attention.q_norm,
-        "k_norm.weight": attention.k_norm,
-    }
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+    weights = {f"{name}.weight": weight for name, weight in zip(names, attention, strict=True)}
     arguments = {"hidden_states": x, "position_embeddings": positions, "attention_mask": None}
-    output, _ = functional_call(config.modules.attention, dict(weights), (), arguments)
+    output, _ = functional_call(config.modules.attention, weights, (), arguments)
     return cast("Tensor", output)
 
 
@@ -287,12 +208,20 @@ def rotary_positions(x: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
 
 def mlp_forward(mlp: Mlp, x: Tensor) -> Tensor:
     """Dense SwiGLU: [..., H] to [..., H]."""
+    shapes("mlp_forward", mlp, {"gate": "float M H", "up": "float M H", "down": "float H M"})
+    _check_last("mlp_forward", x, "gate", mlp.gate)
+    check.one_dtype("mlp_forward", **mlp._asdict(), x=x)
     return linear(silu(linear(x, mlp.gate)) * linear(x, mlp.up), mlp.down)
 
 
 def route(router: Router, x: Tensor, *, config: MoeConfig) -> tuple[Tensor, Routing]:
     """The affinity [T, E] of the tokens `x` [T, H] with each expert, and the experts that this gives them."""
+    rows = zip(Router._fields, router, ("float E H", "float E"), strict=True)
+    sizes = check.shapes("route", *rows, ("x", x, "float T H"))
+    E = config.num_experts
+    check.require(sizes["E"] == E, f"route: the router has {sizes['E']} prototypes, the configuration num_experts={E}.")
     if config.route == "top_k":
+        check.one_dtype("route", prototypes=router.prototypes, x=x)
         logits = linear(x, router.prototypes)
         return logits, top_k_route(logits, k=config.top_k, normalise=config.normalise)
     affinity = cosine_affinity(x, router.prototypes, eps=config.cosine_eps)
@@ -305,7 +234,7 @@ def route(router: Router, x: Tensor, *, config: MoeConfig) -> tuple[Tensor, Rout
 def moe_forward(moe: Moe, x: Tensor, taps: Mapping[str, Tensor], *, config: MoeConfig) -> tuple[Tensor, Carved]:
     """Route and compute the tokens `x` [T, H]; `taps` names what the backward pass shall measure (`zero_taps`)."""
     affinity, routing = route(moe.router, x, config=config)
-    y = bank(moe.experts, x, routing.weights.to(x.dtype), taps, min_k=config.min_k, backend=config.backend)
+    y = bank(moe.experts, x, routing.weights.to(x.dtype), taps, min_k=config.min_k, backend=backend_of(config.backend))
     return y, Carved(x=x, affinity=affinity, routing=routing)
 
 
@@ -349,7 +278,13 @@ def hidden_states(
         len(taps) == carved_layers,
         f"forward: expected one mapping of taps for each of {carved_layers} carved layers, got {len(taps)}.",
     )
-    x_BSH = embedding(tokens, model.embedding)
+    check.shapes("forward", ("tokens", tokens, "integer B S"), ("embedding", model.embedding, "float V H"))
+    check.require(tokens.dtype in (torch.int32, torch.int64), f"forward: expected int64 tokens, got {tokens.dtype}.")
+    check_model("forward", model, config=config, moe=moe)
+    try:
+        x_BSH = embedding(tokens, model.embedding)
+    except IndexError as error:  # on a CPU, which looks before it reads
+        raise ValueError(f"forward: tokens that are not below vocab_size={config.vocab_size}: {error}.") from error
     positions = rotary_positions(x_BSH, config)
     apply = region(layer_forward, kind="layer")
     carved: tuple[Carved, ...] = ()
@@ -386,7 +321,8 @@ def forward(
         region: how each layer is carried out.
 
     Raises:
-        ValueError: a carved layer without `moe`, or another number of taps than carved layers.
+        ValueError: a carved layer without `moe`, another number of taps than carved layers, or a model of another
+            architecture; on a CPU also a token outside the vocabulary (see `onn.data.check_batch`).
     """
     x_BSH, carved = hidden_states(model, tokens, taps, config=config, moe=moe, region=region)
     return Output(logits=readout(model.norm, output_weight(model), x_BSH, config=config), carved=carved)

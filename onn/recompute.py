@@ -108,11 +108,15 @@ def recomputed(function: Callable[P, R], *, engine: Engine) -> Callable[P, R]:
 
     Returns:
         A function with the same numbers. Every gradient is that of `function`, bit for bit, and so is what taps among
-        its inputs measure. Differentiable once.
+        its inputs measure. Differentiable once. Inside a function that is compiled as one graph nothing is run again,
+        since a compiler undoes it: what it keeps there is its own choice, as for `function`.
     """
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         call = Flat(function, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            value, *others = call(call.inputs)
+            return call.result([value, *map(Tensor.detach, others)])
         return call.result(_Recomputed.apply(_Call(run=call, engine=engine), *call.inputs))
 
     return run

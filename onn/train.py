@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import optim, tree
+from onn import check, optim, tree
 from onn.data import Batch
 from onn.functional.transform import Taps
 from onn.lessons import router_lesson
@@ -32,6 +32,7 @@ from onn.objective import (
 )
 from onn.qwen3 import Carved, Model, Moe
 from onn.region import Region, inline
+from onn.tree import Tree
 
 _PIECE = 2**24
 """Entries of a parameter that are updated at a time, so that temporaries stay small beside the largest one."""
@@ -122,6 +123,33 @@ def init_state(model: Model) -> State:
     )
 
 
+def _check_like(where: str, name: str, given: Tree, like: Tree) -> None:
+    """Refuse a tree without the structure and the shapes of another."""
+    expected = dict(zip(tree.paths(like), (leaf.shape for leaf in tree.leaves(like)), strict=True))
+    found = dict(zip(tree.paths(given), (leaf.shape for leaf in tree.leaves(given)), strict=True))
+    if found != expected:
+        wrong = next(path for path in (*expected, *found) if found.get(path) != expected.get(path))
+        got, wanted = (list(shapes[wrong]) if wrong in shapes else "nothing" for shapes in (found, expected))
+        raise ValueError(f"{where}: {name} does not fit the model at {wrong}: expected {wanted}, got {got}.")
+
+
+def _check_state(where: str, state: State, *, sparse: bool) -> None:
+    layers = carved_layers(state.model)
+    check.require(not sparse or len(layers) > 0, f"{where}: the configuration is sparse, the state's model is dense.")
+    check.require(
+        len(layers) == len(state.usage) == len(state.lifetime),
+        f"{where}: the state has {len(layers)} carved layers, usage of {len(state.usage)}, lifetime of "
+        f"{len(state.lifetime)}.",
+    )
+    for layer, usage, lifetime in zip(layers, state.usage, state.lifetime, strict=True):
+        counts = (("usage.routed", usage.routed), ("usage.active", usage.active), ("lifetime", lifetime))
+        rows = ((name, value, "integer E") for name, value in counts)
+        check.shapes(where, ("thresholds", layer.router.thresholds, "E"), *rows)
+    for name in ("mean", "square"):
+        _check_like(where, f"optimizer.{name}", getattr(state.optimizer, name), state.model)
+    check.shapes(where, ("step", state.step, "integer"))
+
+
 def step(
     state: State,
     batch: Batch,
@@ -148,7 +176,14 @@ def step(
 
     Returns:
         The next state and the figures of this step.
+
+    Raises:
+        ValueError: state, batch, noise or teacher do not fit one another or the configuration. Token ids are no more
+            looked at than an embedding does, and on a GPU a wrong one ends the process: `onn.data.check_batch`.
     """
+    _check_state("step", state, sparse=config.sparse is not None)
+    if tree.leaves(noise):
+        _check_like("step", "noise", noise, state.model)
     sparse = config.sparse
     passed = config
     if sparse is not None and sparse.granularity != "token":
@@ -306,7 +341,15 @@ def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, s
 
     Returns:
         The next state, optimizer included, and the number of reborn experts of each layer [L].
+
+    Raises:
+        ValueError: the model has no carved layer, or noise that does not fit.
     """
+    _check_state("lifecycle", state, sparse=True)
+    check.require(
+        len(noise) == len(state.usage),
+        f"lifecycle: expected noise for each of {len(state.usage)} carved layers, got {len(noise)}.",
+    )
     share = 0.5 if config.moe.route == "threshold" and config.moe.combine == "sum" else 1.0
     mlps, plans = [], []
     for layer, counts, bits in zip(carved_layers(state.model), state.usage, noise, strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Concatenate, Generic, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast
+from typing import Concatenate, Generic, Literal, ParamSpec, Protocol, TypeAlias, TypeVar, cast, get_args
 
 import optree
 import torch
 from torch import Tensor
+
+from onn import check
 
 Tree: TypeAlias = "Tensor | tuple[Tree, ...] | Mapping[str, Tree]"
 """A tensor, or a tuple, NamedTuple or mapping of trees. `None` is never a leaf."""
@@ -47,7 +49,11 @@ def paths(tree: Tree) -> list[str]:
 
 
 def unflatten(like: T, values: Sequence[Tensor]) -> T:
-    """A tree with the structure of `like` and the leaves `values`."""
+    """A tree with the structure of `like` and the leaves `values`.
+
+    Raises:
+        ValueError: another number of values than leaves.
+    """
     return cast("T", optree.tree_unflatten(optree.tree_structure(like), values))  # type: ignore[arg-type]
 
 
@@ -89,6 +95,18 @@ def _shell(leaf: Tensor) -> Tensor:
     return leaf.new_empty(0)
 
 
+def shapes(where: str, tree: Tree, dims: Mapping[str, str]) -> dict[str, int]:
+    """`check.shapes` of all leaves together, each after what `dims` says of the end of its path."""
+    rows = [(path, leaf, _of_end(path, dims)) for path, leaf in zip(paths(tree), leaves(tree), strict=True)]
+    return check.shapes(where, *rows)
+
+
+def _of_end(path: str, dims: Mapping[str, str]) -> str:
+    while path not in dims and "." in path:
+        path = path.partition(".")[2]
+    return dims[path]
+
+
 def detach(tree: T) -> T:
     """The same values, cut from any graph."""
     return map1(Tensor.detach, tree)
@@ -100,13 +118,25 @@ def zeros_like(tree: T) -> T:
 
 
 def where(condition: Tensor, chosen: T, other: T) -> T:
-    """`chosen` where `condition` (broadcast to each leaf) holds, else `other`."""
+    """`chosen` where `condition` (broadcast to each leaf) holds, else `other`.
+
+    Raises:
+        ValueError: `condition` is not bool, or does not broadcast to a leaf.
+    """
+    check.holds("where", "condition", condition, "bool")
+    for leaf in leaves(chosen):
+        pairs = zip(reversed(condition.shape), reversed(leaf.shape), strict=False)
+        check.require(
+            condition.ndim <= leaf.ndim and all(size in (1, whole) for size, whole in pairs),
+            f"where: condition {list(condition.shape)} does not broadcast to a leaf {list(leaf.shape)}.",
+        )
     return map2(lambda a, b: torch.where(condition, a, b), chosen, other)
 
 
 def all_finite(tree: Tree) -> Tensor:
-    """A scalar bool: no leaf holds a NaN or an infinity."""
-    return torch.stack([torch.isfinite(leaf).all() for leaf in leaves(tree)]).all()
+    """A scalar bool: no leaf holds a NaN or an infinity; true of a tree without leaves."""
+    found = [torch.isfinite(leaf).all() for leaf in leaves(tree)]
+    return torch.stack(found).all() if found else torch.ones((), dtype=torch.bool)
 
 
 def value_and_grad(
@@ -118,23 +148,39 @@ def value_and_grad(
     that the value does not depend on has gradient zero. Both engines give the same numbers. `autograd` needs about a
     third of the memory of `func`, which keeps the graph of the gradient itself (`create_graph=True` is fixed in
     `torch.func.grad`).
+
+    Raises:
+        ValueError: an unknown engine; when called, a leaf or value that is not floating, or a value that is no scalar.
     """
+    check.one_of("value_and_grad", "engine", engine, get_args(Engine))
+
+    def checked(tree: T, /, *args: P.args, **kwargs: P.kwargs) -> tuple[Tensor, Aux]:
+        value, aux = function(tree, *args, **kwargs)
+        check.shapes("value_and_grad", ("the function's value", value, "float"))
+        return value, aux
 
     def by_func(tree: T, /, *args: P.args, **kwargs: P.kwargs) -> tuple[tuple[Tensor, Aux], T]:
-        transformed = torch.func.grad_and_value(function, has_aux=True)
+        _check_floating(tree)
+        transformed = torch.func.grad_and_value(checked, has_aux=True)
         gradient, (value, aux) = cast("tuple[T, tuple[Tensor, Aux]]", transformed(tree, *args, **kwargs))
         return (value, aux), gradient
 
     def by_autograd(tree: T, /, *args: P.args, **kwargs: P.kwargs) -> tuple[tuple[Tensor, Aux], T]:
+        _check_floating(tree)
         inputs = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
         with torch.enable_grad():
-            value, aux = function(unflatten(tree, inputs), *args, **kwargs)
+            value, aux = checked(unflatten(tree, inputs), *args, **kwargs)
         if not value.requires_grad:
             return (value, detach(aux)), zeros_like(tree)
         gradient = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
         return (value.detach(), detach(aux)), unflatten(tree, gradient)
 
     return by_func if engine == "func" else by_autograd
+
+
+def _check_floating(tree: Tree) -> None:
+    for path, leaf in zip(paths(tree), leaves(tree), strict=True):
+        check.holds("value_and_grad", f"leaf {path}", leaf, "float")
 
 
 def grad(function: Callable[Concatenate[T, P], Tensor]) -> Callable[Concatenate[T, P], T]:

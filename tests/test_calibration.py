@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import onn.functional as F
+from experiments import calibrating, pipeline, presets, run
+from experiments.presets import TINY, RunConfig, bank_sizes, tiled
 from onn import calibration
-from onn.calibration import DENSITIES, ENTRIES, calibrate, calibrated
+from onn.calibration import DENSITIES, ENTRIES, Sizes, calibrate, calibrated, kept
+from onn.observe import Json, encode
+from onn.qwen3 import Moe, moe_forward
+from onn.tiling import backend_of, tiling_name
+from tests.support import BOUND, assert_close, normal
+from tests.test_qwen3 import MOE
 
 
 def small(path: Path, *, width: int = 2) -> F.Tiling:
@@ -70,3 +82,147 @@ def test_an_entry_that_is_no_tiling_is_named(tmp_path: Path, entry: str) -> None
 def test_sizes_are_positive() -> None:
     with pytest.raises(ValueError, match="calibrate: expected positive sizes, got E=0"):
         calibrate(num_experts=0, width=1, hidden=1, tokens=1, dtype=torch.float32, repeats=1)
+
+
+def test_a_kept_tiling_is_the_one_that_was_measured_and_another_size_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    sizes = Sizes(num_experts=4, width=2, hidden=8, tokens=6, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"calibration\.json: no tiling for E 4, I 2, H 8, T 6, torch\.float32, "):
+        kept(path, sizes)
+    assert not path.exists()
+    assert small(path) == kept(path, sizes)
+    for other in (Sizes(**sizes | {"tokens": 7}), Sizes(**sizes | {"dtype": torch.bfloat16})):
+        with pytest.raises(ValueError, match="no tiling for E 4"):
+            kept(path, other)
+
+
+@given(entries=st.integers(0), whole_from=st.floats(0, allow_infinity=False))
+def test_a_tiling_comes_back_from_its_name(entries: int, whole_from: float) -> None:
+    tiling = F.Tiling(entries, abs(whole_from))
+    assert backend_of(tiling_name(tiling)) == tiling
+
+
+@pytest.mark.parametrize("name", ["auto", "dense", "grouped", "loop"])
+def test_a_backends_name_is_that_backend(name: str) -> None:
+    assert backend_of(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loop:", "loop:3", "loop:3:", "loop:3:0.5:1", "loop:-1:0.5", "loop:3:-0.5", "loop:3:nan", "loop:3:inf"),
+        *("loop:1_0:0.5", "loop: 3:0.5", "loop:3:.5", "loop:3.0:0.5", "loop:three:0.5", f"loop:{'9' * 5000}:0.5"),
+    ],
+)
+def test_what_no_tiling_is_called_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^MoeConfig: expected backend='loop:.* as loop:ENTRIES:SHARE"):
+        replace(MOE, backend=name)
+
+
+@pytest.mark.parametrize("name", ["", "dens", "Loop:3:0.5", "grouped:3:0.5"])
+def test_an_unknown_backend_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^MoeConfig: unknown backend={name!r}"):
+        replace(MOE, backend=name)
+
+
+@pytest.mark.parametrize("backend", ["loop:40:0.5", "loop:1000000:2.0"])
+def test_a_carved_layer_computes_by_the_tiling_that_its_configuration_names(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    E, I, H = MOE.num_experts, 3, 8
+    experts = F.Experts(*(normal(seed, E, I, H) for seed in range(3)))
+    moe = Moe(experts=experts, router=F.Router(prototypes=normal(3, E, H), thresholds=normal(4, E)))
+    taken: list[object] = []
+
+    def watched(*args: object, backend: object, min_k: int) -> torch.Tensor:
+        taken.append(backend)
+        return normal(6, 7, H)
+
+    def layer(x: torch.Tensor, backend: str) -> torch.Tensor:
+        return moe_forward(moe, x, {}, config=replace(MOE, backend=backend))[0]
+
+    expected = layer(normal(5, 7, H), "dense")
+    assert_close(layer(normal(5, 7, H), backend), expected, bound=BOUND)
+    torch._dynamo.reset()
+    config = replace(MOE, backend=backend)
+    compiled = torch.compile(moe_forward, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(moe, normal(5, 7, H), {}, config=config)[0], expected, bound=BOUND)
+    monkeypatch.setattr("onn.qwen3.bank", watched)
+    layer(normal(5, 7, H), backend)
+    assert taken == [backend_of(backend)]
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a tiling for `tiny`, made by its command line with nothing measured."""
+    monkeypatch.setattr(calibration, "calibrate", lambda **settings: F.Tiling(4096, 0.55))
+    path = tmp_path / "tilings.json"
+    assert calibrating.main(["tiny", "--file", str(path)]) == 0
+    return path
+
+
+def test_the_command_line_measures_for_the_sizes_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Mapping[str, object]] = []
+
+    def calibrate(**settings: object) -> F.Tiling:
+        asked.append(settings)
+        return F.Tiling(4096, 0.55)
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    path = tmp_path / "tilings.json"
+    for _ in range(2):
+        assert calibrating.main(["--file", str(path), "--repeats", "3", "--data.batch-size", "2"]) == 0
+        assert "loop:4096:0.55\nuv run experiments/run.py tiny --calibration" in capsys.readouterr().out
+    (settings,) = asked
+    assert settings == {
+        "num_experts": 32,
+        "width": 16,
+        "hidden": 128,
+        "tokens": 256,
+        "dtype": torch.bfloat16,
+        "repeats": 3,
+    }
+    assert calibrating.main(["tinny"]) == 2
+    assert "did you mean 'tiny'" in capsys.readouterr().err
+
+
+def test_a_run_takes_a_measured_tiling_into_its_configuration(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured: list[RunConfig] = []
+
+    def pretended(config: RunConfig, folder: Path) -> Mapping[str, Json]:
+        configured.append(config)
+        folder.mkdir()
+        (folder / "config.json").write_text(encode(presets.save(config), indent=2))
+        return {}
+
+    monkeypatch.setattr(run, "run", pretended)
+    monkeypatch.setattr(run, "summary_table", lambda summary: "")
+    assert run.main(["--calibration", str(measured), "--out", str(tmp_path / "run"), "--seed", "3"]) == 0
+    moe = replace(TINY.sparse.moe, backend="loop:4096:0.55")
+    expected = replace(TINY, seed=3, sparse=replace(TINY.sparse, moe=moe))
+    assert configured == [expected]
+    measured.unlink()
+    assert pipeline.saved_config(tmp_path / "run") == expected
+
+
+def test_a_file_without_this_size_is_refused_and_the_message_says_how_to_measure_it(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiled(TINY, measured).sparse.moe.backend == "loop:4096:0.55"
+    for path, values in ((measured, ["--data.batch-size", "2"]), (tmp_path / "none.json", [])):
+        assert run.main(["--calibration", str(path), "--out", str(tmp_path / "run"), *values]) == 2
+        assert re.search(
+            r"^error: .*: no tiling for E 32, I 16, H 128, .*calibrating\.py --file", capsys.readouterr().err
+        )
+    assert not (tmp_path / "run").exists()
+    assert run.main(["--resume", str(tmp_path), "--calibration", str(measured)]) == 2
+    assert "brings its own configuration" in capsys.readouterr().err
+
+
+def test_the_sizes_of_a_run_follow_its_values() -> None:
+    wide = replace(TINY, train=replace(TINY.train, dtype="float32"), data=replace(TINY.data, sequence_length=8))
+    assert bank_sizes(wide) == Sizes(num_experts=32, width=16, hidden=128, tokens=16 * 8, dtype=torch.float32)

@@ -15,7 +15,7 @@ from onn.qwen3 import Model
 from onn.recompute import recomputed, recomputing_layers
 from onn.region import Region, inline
 from onn.tree import Engine
-from tests.support import assert_same, normal
+from tests.support import BOUND, Inputs, assert_close, assert_same, inputs_of, make_case, normal
 from tests.test_qwen3 import MOE, config, parameters
 from tests.test_train import SETTINGS, batch, carved_state, rounding
 
@@ -81,6 +81,47 @@ def test_an_ensemble_recomputes_like_its_members() -> None:
 
     expected = torch.stack([gradient(weight) for weight in weights])
     assert torch.allclose(tree.vmap(gradient, (0,))(weights), expected, rtol=1e-14, atol=0)
+
+
+def both(weight: Tensor, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Of a loss in which what comes out detached stands too, and must not be differentiated."""
+
+    def loss(weight: Tensor) -> tuple[Tensor, Tensor]:
+        value, hidden = total(weight, x, engine="func")
+        return value + hidden.sum(), hidden
+
+    return tree.value_and_grad(loss, engine="func")(weight)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_a_compiled_gradient_is_the_eager_one_an_ensembles_too(ensemble: bool) -> None:
+    run = tree.vmap(both, (0, None)) if ensemble else both
+    weight = normal(0, 3, 4, 3) if ensemble else normal(0, 4, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected = run(weight, normal(1, 5, 4))
+    assert float(expected[1].abs().sum()) > 0
+    assert_close(compiled(weight, normal(1, 5, 4)), expected, bound=BOUND)
+
+
+@pytest.mark.parametrize("backend", ["dense", "loop"])
+def test_compiled_banks_that_are_recomputed_measure_the_same_surprise(backend: F.Backend) -> None:
+    case = make_case(0, T=6, H=4, E=5, I=3)
+
+    def layer(inputs: Inputs) -> tuple[Tensor, tuple[()]]:
+        return inputs.x + F.bank(*inputs, min_k=2, backend=backend), ()
+
+    def loss(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        first, _ = recomputed(layer, engine="func")(inputs)
+        return (first * case.dy).sum(), first
+
+    run = tree.value_and_grad(loss, engine="func")
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+    inputs = inputs_of(case, ("surprise",))
+    expected = run(inputs)
+    assert float(expected[1].taps["surprise"].sum()) > 0
+    assert_close(compiled(inputs), expected, bound=BOUND)
 
 
 def test_the_other_engine_and_a_second_derivative_are_refused() -> None:

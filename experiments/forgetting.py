@@ -1,0 +1,251 @@
+"""Do surprise and its uses make experts specialise, or forget less? Every claim beside the figure that would refute it.
+
+`uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
+families of digits, half an hour on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer: rates
+and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its controls along
+the whole grid of rates. A study that was stopped goes on in its folder. Expected: `report.html` with verdicts, tables
+and figures, `results.json` with every run; `experiments/LOG.md` has the figures of the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import tyro
+
+from experiments.command import exit_status
+from experiments.facts import facts
+from experiments.progress import progress
+from experiments.study import store
+from experiments.study.arms import (
+    ARMS,
+    EXPLORATIONS,
+    FRONTIER,
+    SPECIALISED,
+    Arm,
+    Optimizer,
+    Regime,
+    rates,
+)
+from experiments.study.contrasts import best
+from experiments.study.lanes import Job
+from experiments.study.records import Key, Run, Stage
+from experiments.study.report import write_report
+from experiments.study.runs import carry_out, chunks
+from experiments.study.specialisation import specialisations
+from experiments.study.statistics import scores
+from experiments.study.tasks import SCHEDULES, Family, Tasks, digits
+from experiments.study.text import text, trunk
+from onn import check, storage
+from onn.observe import Json, decode, encode
+
+TUNING_SEEDS = (1000, 1001, 1002)
+LOOKED_AT = 5
+"""Seeds whose experts are looked at one by one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What to study."""
+
+    family: tuple[Family, ...] = ("digits-permuted", "digits-rotated")
+    regime: Regime = "experts"
+    """Whether experts and router hold all plasticity after the first task, or everything is trained."""
+    seeds: int = 20
+    arms: tuple[str, ...] = ()
+    """Names of arms; all where none is given."""
+    explore: bool = False
+    """Variations of surprise consolidation as well."""
+    out: Path | None = None
+    """Folder; an unfinished study in it goes on. A new one under `runs/` where none is given."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """One family on the way."""
+
+    options: Options
+    family: Family
+    folder: Path
+    tasks: Mapping[int, Tasks]
+    runs: dict[tuple[Stage, Key], Run] = field(default_factory=dict)
+
+    def key(self, name: str, optimizer: Optimizer, rate: float, strength: float, seed: int) -> Key:
+        return Key(self.family, self.options.regime, name, optimizer, rate, strength, seed)
+
+    def tune(self, arms: Mapping[str, Arm]) -> None:
+        """Every rate and strength of every arm under every optimizer, on the seeds of tuning."""
+        self._make(
+            Job(self.key(name, optimizer, rate, strength, seed), "tuning", arm)
+            for name, arm in arms.items()
+            if not arm.matched
+            for optimizer in arm.optimizers
+            for rate in rates(optimizer)
+            for strength in arm.strengths
+            for seed in TUNING_SEEDS
+        )
+
+    def evaluate(self, arms: Mapping[str, Arm], stage: Stage) -> None:
+        """Every arm under every optimizer as tuned, on all seeds."""
+        self._make(
+            Job(self.key(name, optimizer, *self._tuned(name, arm, optimizer), seed), stage, arm)
+            for name, arm in arms.items()
+            for optimizer in arm.optimizers
+            for seed in range(self.options.seeds)
+        )
+
+    def trace(self, arms: Mapping[str, Arm]) -> None:
+        """The arms of the frontier at every rate, on all seeds."""
+        self._make(
+            Job(self.key(name, optimizer, rate, 0.0, seed), "frontier", arms[name])
+            for name in FRONTIER
+            if name in arms
+            for optimizer in arms[name].optimizers
+            for rate in rates(optimizer)
+            for seed in range(self.options.seeds)
+        )
+
+    def _tuned(self, name: str, arm: Arm, optimizer: Optimizer) -> tuple[float, float]:
+        """The rate and strength of highest mean ACC; ties go to the lower rate."""
+        if arm.matched:
+            return self._matching(arm.matched, optimizer), 0.0
+
+        def accuracy(rate: float, strength: float) -> float:
+            found = [self._accuracy(name, optimizer, rate, strength, seed) for seed in TUNING_SEEDS]
+            mean = sum(found) / len(found)
+            return mean if math.isfinite(mean) else -math.inf
+
+        grid = [(rate, strength) for rate in rates(optimizer) for strength in arm.strengths]
+        return max(grid, key=lambda point: accuracy(*point))
+
+    def _accuracy(self, name: str, optimizer: Optimizer, rate: float, strength: float, seed: int) -> float:
+        run = self.runs["tuning", self.key(name, optimizer, rate, strength, seed)]
+        return scores(run.scores).accuracy if math.isfinite(run.change) else -math.inf
+
+    def _matching(self, other: str, optimizer: Optimizer) -> float:
+        """The rate at which updating everything changes the experts as much as another arm does as tuned.
+
+        By linear interpolation of logarithms between the rates of the grid; within it.
+        """
+        target = self._change(other, optimizer, *self._tuned(other, ARMS[other], optimizer))
+        points = [(self._change("all", optimizer, rate, 0.0), rate) for rate in rates(optimizer)]
+        points = sorted(point for point in points if math.isfinite(point[0]) and point[0] > 0)
+        below = [point for point in points if point[0] <= target]
+        above = [point for point in points if point[0] > target]
+        if not below or not above:
+            return (points[0] if not below else points[-1])[1]
+        (low, first), (high, second) = below[-1], above[0]
+        share = math.log(target / low) / math.log(high / low)
+        return math.exp(math.log(first) + share * math.log(second / first))
+
+    def _change(self, name: str, optimizer: Optimizer, rate: float, strength: float) -> float:
+        keys = [self.key(name, optimizer, rate, strength, seed) for seed in TUNING_SEEDS]
+        return sum(self.runs["tuning", key].change for key in keys) / len(keys)
+
+    def _make(self, jobs: Iterator[Job]) -> None:
+        """Carry out what is not yet done, chunk by chunk; each is on the disk before the next begins."""
+        planned = chunks(list(jobs))
+        if not planned:
+            return
+        stage = planned[0][0].stage
+        with progress(planned, desc=f"{self.family}, {stage}", unit="chunk") as bar:
+            for chunk in bar:
+                missing = [job for job in chunk if (stage, job.key) not in self.runs]
+                if not missing:
+                    continue
+                done = carry_out(chunk, self.tasks, SCHEDULES[self.family])
+                new = [run for run in done.runs if (stage, run.key) not in self.runs]
+                if looked := [n for n, job in enumerate(chunk) if self._is_looked_at(job)]:
+                    found = specialisations(chunk, looked, done, self.tasks)
+                    store.append(self.folder / store.SPECIALISATIONS, found)
+                store.append(self.folder / store.RUNS, new)
+                self.runs.update(((stage, run.key), run) for run in new)
+
+    def _is_looked_at(self, job: Job) -> bool:
+        key = job.key
+        if job.stage != "evaluation" or key.arm not in SPECIALISED or key.seed >= LOOKED_AT:
+            return False
+        tried = list(self.runs.values())
+        return best(tried, self.family, key.regime, key.arm, job.arm.optimizers) == key.optimizer
+
+
+def run(options: Options) -> Path:
+    """Carry out a study, and return its page."""
+    arms = chosen_arms(options.arms)
+    folder = options.out or Path("runs") / f"forgetting-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Json] = {
+        "family": list(options.family),
+        "regime": options.regime,
+        "seeds": options.seeds,
+        "tuning_seeds": list(TUNING_SEEDS),
+        "schedules": {family: SCHEDULES[family]._asdict() for family in options.family},
+    }
+    _require_same(folder / "settings.json", settings)
+    known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
+    began = time.monotonic()
+    for family in options.family:
+        study = Study(
+            options=options, family=family, folder=folder, tasks=tasks_of(family, options.seeds), runs=dict(known)
+        )
+        study.tune(arms)
+        study.evaluate(arms, "evaluation")
+        study.trace(arms)
+        if options.explore:
+            study.tune(EXPLORATIONS)
+            study.evaluate(EXPLORATIONS, "exploration")
+        known |= study.runs
+    looked_at = {one.key: one for one in store.load_specialisations(folder / store.SPECIALISATIONS)}
+    results = store.Results(
+        facts=facts(""), settings=settings, runs=list(known.values()), specialisations=list(looked_at.values())
+    )
+    store.write_results(folder / store.RESULTS, results)
+    print(f"{len(known)} runs, {time.monotonic() - began:.0f} seconds of this session.")
+    return write_report(folder, results)
+
+
+def chosen_arms(names: Sequence[str]) -> Mapping[str, Arm]:
+    """The arms of these names, and those that they are matched to.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    for name in names:
+        check.one_of("forgetting", "arm", name, ARMS)
+    wanted = set(names or ARMS)
+    for name in list(wanted):
+        wanted |= {ARMS[name].matched, "all"} if ARMS[name].matched else set()
+    return {name: arm for name, arm in ARMS.items() if name in wanted}
+
+
+def tasks_of(family: Family, seeds: int) -> Mapping[int, Tasks]:
+    """Of the seeds of tuning and of evaluation."""
+    wanted = (*TUNING_SEEDS, *range(seeds))
+    if family == "text":
+        shared = trunk()
+        return {seed: text(shared, seed) for seed in wanted}
+    return {seed: digits(seed, turned=family == "digits-rotated") for seed in wanted}
+
+
+def _require_same(path: Path, settings: Mapping[str, Json]) -> None:
+    """A folder holds one study."""
+    if not path.exists():
+        storage.write_text(path, encode(settings, indent=2))
+        return
+    before = decode(path.read_text(encoding="utf-8"))
+    check.require(before == settings, f"{path.parent} holds another study: {path} differs from what is asked for.")
+
+
+def main(options: Options) -> int:
+    """Run one study; the exit status."""
+    return exit_status(lambda: print(f"Report: {run(options)}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, prog="forgetting.py", description=__doc__)))

@@ -1,0 +1,58 @@
+"""Who serves which task: measures of single experts on trained models. Shape letters as in `net`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from experiments import noise
+from experiments.study import measures
+from experiments.study.lanes import Job, lanes, needs
+from experiments.study.net import EPS, forward
+from experiments.study.records import Specialisation
+from experiments.study.runs import Trained
+from experiments.study.step import activate
+from experiments.study.tasks import Tasks
+from onn import tree
+
+PERMUTATIONS = 500
+
+
+def specialisations(
+    jobs: Sequence[Job], lanes_of_interest: Sequence[int], trained: Trained, tasks: Mapping[int, Tasks]
+) -> list[Specialisation]:
+    """Of these lanes of a chunk."""
+    return [_of_lane(jobs[n], n, trained, tasks[jobs[n].key.seed]) for n in lanes_of_interest]
+
+
+def _of_lane(job: Job, n: int, trained: Trained, data: Tasks) -> Specialisation:
+    net = tree.map1(lambda leaf: leaf[n], trained.net)
+    lane, kind = tree.map1(lambda number: number[0], lanes([job])), needs(job)
+    inputs, residual, labels = (part.flatten(0, 1) for part in (data.held_inputs, data.held_residual, data.held_labels))
+    count, size = data.held_labels.shape
+    task = torch.arange(count).repeat_interleave(size)
+    with torch.no_grad():
+        seen = forward(net, inputs, residual, lambda affinity: activate(affinity, trained.thresholds[n], lane, kind))
+        contribution = torch.einsum(
+            "tei,eih->teh", silu(seen.residuals.h1) * seen.residuals.h3 * seen.weights[..., None], net.experts.down
+        )
+
+    def head(y: Tensor) -> Tensor:
+        return (rms_norm(y, y.shape[-1:], eps=EPS) if residual.shape[-1] else y) @ net.readout.mT
+
+    draws = noise.generator(job.key.seed)
+    order = torch.stack([torch.randperm(len(task), generator=draws) for _ in range(PERMUTATIONS)])
+    used = measures.usage(seen.active, task, tasks=count)
+    ablated = measures.ablation(seen.mixed, contribution, head, labels, task, tasks=count)
+    return Specialisation(
+        key=job.key,
+        usage=tuple(tuple(map(int, row)) for row in used.tolist()),
+        information=measures.information(used),
+        permuted=tuple(measures.permutation_information(seen.active, task, order=order).tolist()),
+        ablation=tuple(tuple(row) for row in ablated.tolist()),
+        saturation=tuple(measures.saturation(active[n], seen.active) for active in trained.active),
+        coactivation=measures.coactivation(seen.active),
+    )

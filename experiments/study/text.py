@@ -1,0 +1,145 @@
+"""Text as tasks: the next byte of four domains in sequence, through the frozen trunk of a small dense Qwen3.
+
+The dense model is trained on all domains alike; then the MLP of its last layer is carved into the experts. What its
+bank reads and what the bank's output is added to are constants of the text, so they are computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import onn.functional as F
+from experiments import noise
+from experiments.progress import progress
+from experiments.study.arms import BASE_ACTIVE
+from experiments.study.net import Net
+from experiments.study.tasks import EXPERTS, HIDDEN, WIDTH, Tasks
+from onn import carve, data, qwen3, train
+from onn.corpus import Corpus, embedded_corpus
+from onn.objective import IntegrityConfig, OptimConfig, StepConfig
+from onn.qwen3 import Mlp, Model, Qwen3Config
+
+DENSE = Qwen3Config(
+    vocab_size=256,
+    hidden_size=HIDDEN,
+    intermediate_size=EXPERTS * WIDTH,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    initializer_range=0.02,
+    tie_word_embeddings=True,
+)
+STEPS, BATCH, LENGTH = 1000, 16, 64
+BYTES = 300_000
+TRAIN, HELD_OUT = 8192, 1024
+"""Positions of each domain."""
+
+
+class Positions(NamedTuple):
+    """Of all domains, in the order of the corpus: [domains, n, ...]."""
+
+    inputs: Tensor
+    residual: Tensor
+    labels: Tensor
+
+
+class Trunk(NamedTuple):
+    """What all seeds share."""
+
+    model: Model
+    train: Positions
+    held_out: Positions
+
+
+def trunk() -> Trunk:
+    """The dense model, trained, and all that its carved layer will see."""
+    corpus = embedded_corpus(bytes_per_domain=BYTES, held_out=0.1, seed=0)
+    model = _dense(corpus)
+    return Trunk(
+        model=model,
+        train=_positions(model, corpus.train, corpus.train_mask, wanted=TRAIN),
+        held_out=_positions(model, corpus.held_out, corpus.held_out_mask, wanted=HELD_OUT),
+    )
+
+
+def _dense(corpus: Corpus) -> Model:
+    draws = noise.generator(0)
+    windows = data.pool(corpus.train, corpus.train_mask, length=LENGTH)
+    model = qwen3.init(noise.normal_like(qwen3.abstract(DENSE), draws), config=DENSE, dtype=torch.float32)
+    settings = StepConfig(
+        model=DENSE,
+        sparse=None,
+        optim=OptimConfig(
+            lr=1e-2, warmup=50, floor=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0
+        ),
+        integrity=IntegrityConfig(alpha=1.0, gamma=0.2, tau_floor=0.1, delta=1.0),
+        total_steps=STEPS,
+        engine="autograd",
+    )
+    state = train.init_state(model)
+    for _ in progress(range(STEPS), desc="dense Qwen3", unit="step"):
+        batch = data.sample_batch(windows, torch.rand(BATCH, 2, generator=draws))
+        state, _ = train.step(state, batch, (), settings)
+    return state.model
+
+
+def _positions(model: Model, texts: Sequence[Tensor], masks: Sequence[Tensor], *, wanted: int) -> Positions:
+    """Windows spread evenly over the text of every domain."""
+    found = []
+    for tokens, mask in zip(texts, masks, strict=True):
+        starts = torch.linspace(0, len(tokens) - LENGTH - 1, wanted // LENGTH).long()
+        batch = data.windows(tokens, mask, starts, length=LENGTH)
+        inputs, residual = before_last_mlp(model, batch.tokens.long())
+        found.append(Positions(inputs=inputs, residual=residual, labels=batch.targets.long().flatten()))
+    return Positions(*map(torch.stack, zip(*found, strict=True)))
+
+
+def before_last_mlp(model: Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the last layer's MLP reads, and what its output is added to, each [B S, H]."""
+    with torch.no_grad():
+        x = torch.nn.functional.embedding(tokens, model.embedding)
+        positions = qwen3.rotary_positions(x, DENSE)
+        *layers, last = model.layers
+        for layer in layers:
+            x, _ = qwen3.layer_forward(layer, x, positions, {}, config=DENSE, moe=None)
+        normed = qwen3.apply_norm(last.input_norm, x, DENSE)
+        x = x + qwen3.apply_attention(last.attention, normed, positions, DENSE)
+        return qwen3.apply_norm(last.post_attention_norm, x, DENSE).flatten(0, 1), x.flatten(0, 1)
+
+
+def text(shared: Trunk, seed: int) -> Tasks:
+    """The domains in the order of row `seed` of a Latin square, and the carved layer with a router of the seed's own.
+
+    Prototypes are tokens drawn at random. Combine weights sum to 1 here, where the dense layer adds its experts up: the
+    down projections are scaled by the number of active experts.
+    """
+    draws, domains = noise.generator(seed), len(shared.train.labels)
+    order = [(seed + task) % domains for task in range(domains)]
+    last = shared.model.layers[-1].mlp
+    assert isinstance(last, Mlp)
+    experts = carve.split_mlp(last, num_experts=EXPERTS)
+    tokens = shared.train.inputs.flatten(0, 1)
+    centred = tokens - tokens.mean(dim=0)
+    chosen = torch.randperm(len(tokens), generator=draws)[:EXPERTS]
+    return Tasks(
+        inputs=shared.train.inputs[order],
+        residual=shared.train.residual[order],
+        labels=shared.train.labels[order],
+        held_inputs=shared.held_out.inputs[order],
+        held_residual=shared.held_out.residual[order],
+        held_labels=shared.held_out.labels[order],
+        net=Net(
+            features=torch.zeros(HIDDEN, 0),
+            prototypes=centred[chosen],
+            experts=F.Experts(experts.gate, experts.up, experts.down * round(BASE_ACTIVE * EXPERTS)),
+            readout=qwen3.output_weight(shared.model) * shared.model.norm,
+        ),
+    )

@@ -1,0 +1,45 @@
+"""How a bank is computed, as a text for configurations: a backend's name, or `loop` with measured numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+from onn import check
+from onn.functional.experts import Backend
+from onn.functional.kernels.parts import Tiling
+
+
+def tiling_name(tiling: Tiling) -> str:
+    """The text of a tiling, `loop:ENTRIES:SHARE`, as in `loop:1048576:0.55`."""
+    return f"loop:{tiling.entries}:{tiling.whole_from}"
+
+
+def backend_of(name: str) -> Backend | Tiling:
+    """What `onn.functional.bank` takes as its `backend`, from a backend's name or that of a tiling.
+
+    Raises:
+        ValueError: neither, or not written as `tiling_name` writes it.
+    """
+    backend: Backend
+    for backend in get_args(Backend):
+        if backend == name:
+            return backend
+    if not name.startswith("loop:"):
+        check.one_of("MoeConfig", "backend", name, get_args(Backend))
+    tiling = _tiling(name)
+    if tiling is None or tiling_name(tiling) != name:
+        raise ValueError(
+            f"MoeConfig: expected backend={check.shown(name)} as loop:ENTRIES:SHARE, such as 'loop:1048576:0.55'."
+        )
+    return tiling
+
+
+def _tiling(name: str) -> Tiling | None:
+    _, *numbers = name.split(":")
+    try:
+        entries, whole_from = numbers
+        tiling = Tiling(entries=int(entries), whole_from=float(whole_from))
+    except ValueError:
+        return None
+    return tiling if tiling.entries >= 0 and 0 <= tiling.whole_from < math.inf else None
