@@ -89,13 +89,7 @@ def test_a_valid_call_has_results_of_the_shapes_said(name: str) -> None:
     assert_valid(SPECS[name])
 
 
-UNGUARDED = ("bank_forward", "bank_local", "bank_vjp")
-"""Whose mixed dtypes, residuals and output gradients are not looked at yet: a test that passes says that they are."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name in UNGUARDED else name for name in SPECS]
-)
+@pytest.mark.parametrize("name", SPECS)
 def test_one_wrong_argument_is_refused_by_name_or_makes_no_difference_to_the_shapes(name: str) -> None:
     assert_all_handled(SPECS[name])
 

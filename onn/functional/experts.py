@@ -47,14 +47,17 @@ class BankGrads(NamedTuple):
 
 
 def _sizes(where: str, experts: Experts, x: Tensor, weights: Tensor) -> dict[str, int]:
-    return check.shapes(
-        where,
-        ("gate", experts.gate, "float E I H"),
-        ("up", experts.up, "float E I H"),
-        ("down", experts.down, "float E I H"),
-        ("x", x, "float T H"),
-        ("weights", weights, "float T E"),
-    )
+    return check.shapes(where, *_matrices(experts), ("x", x, "float T H"), ("weights", weights, "float T E"))
+
+
+def _matrices(experts: Experts) -> list[tuple[str, Tensor, str]]:
+    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
+
+
+def _check_backward(where: str, experts: Experts, residuals: Residuals, dy: Tensor) -> None:
+    rows = [(name, part, "float T E I") for name, part in zip(Residuals._fields, residuals, strict=True)]
+    check.shapes(where, *_matrices(experts), *rows, ("dy", dy, "float T H"))
+    check.one_dtype(where, **experts._asdict(), **residuals._asdict(), dy=dy)
 
 
 def bank_forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, Residuals]:
@@ -70,9 +73,10 @@ def bank_forward(experts: Experts, x: Tensor, weights: Tensor) -> tuple[Tensor, 
         experts carved from a dense MLP this is that MLP, up to the order of summation.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes or dtypes differ.
     """
     _sizes("bank_forward", experts, x, weights)
+    check.one_dtype("bank_forward", **experts._asdict(), x=x, weights=weights)
     y, residuals, _ = dense_forward(experts, x, weights)
     return y, residuals
 
@@ -87,7 +91,11 @@ def bank_local(experts: Experts, residuals: Residuals, dy: Tensor) -> tuple[Loca
 
     Returns:
         `Local`, from which all forms of surprise follow, and dL/dw [T, E].
+
+    Raises:
+        ValueError: shapes or dtypes differ.
     """
+    _check_backward("bank_local", experts, residuals, dy)
     u = output_products(experts, dy)
     local = unit_gradients(residuals, u)
     return local, (local.a * u).sum(dim=-1)
@@ -111,9 +119,12 @@ def bank_vjp(
         nothing else; the gradients of `x` and `weights` are those without a selection.
 
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes or dtypes differ.
     """
     _sizes("bank_vjp", experts, x, weights)
+    _check_backward("bank_vjp", experts, residuals, dy)
+    check.shapes("bank_vjp", ("x", x, "float T H"), ("dy", dy, "float T H"), ("h1", residuals.h1, "float T E I"))
+    check.one_dtype("bank_vjp", x=x, weights=weights, dy=dy)
     local, d_weights = bank_local(experts, residuals, dy)
     surprise = parameter_surprise(local, x, weights, dy)
     d1, d3, a = (part * weights[..., None] for part in local)
