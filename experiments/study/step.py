@@ -12,7 +12,7 @@ import onn.functional as F
 from experiments.study.arms import ExpertRule, Rule
 from experiments.study.net import EPS, Examples, Learnt, Net, Seen, learn, rank
 from experiments.study.state import Figures, Lane, Ledger, Needs, Penalties, Plasticity, State
-from experiments.study.update import direction, divisor, masked, rates, where_learns
+from experiments.study.update import direction, hardening, masked, rates, where_learns
 from onn import tree
 
 WEIGHT_DECAY = 0.01
@@ -85,7 +85,7 @@ def step(
     moments, course = direction(state.moments, penalised, ledger, learns, lane)
     steps = rates(net, plastic, lane)
     shrink = where_learns(tree.map2(lambda p, rate: rate * WEIGHT_DECAY * lane.adam * p, net, steps), learns)
-    moved = tree.map2(torch.mul, tree.map2(torch.mul, course, divisor(importance, penalties, net, lane)), steps)
+    moved = tree.map2(torch.mul, tree.map2(torch.mul, course, hardening(importance, penalties, net, lane)), steps)
     new = tree.map2(torch.sub, net, tree.map2(torch.add, moved, shrink))
     if isinstance(penalties, Penalties):
         change = tree.map2(torch.sub, new, net)

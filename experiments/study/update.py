@@ -69,7 +69,7 @@ def _like(net: Net, rest: Tensor, experts: Tensor) -> Net:
     return tree.map1(lambda _: rest, net)._replace(experts=F.Experts(experts, experts, experts))
 
 
-def divisor(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane: Lane) -> Net:
+def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane: Lane) -> Net:
     """What consolidation multiplies the steps with: 1 where it is off.
 
     Importance is taken by weight, the sum over the weights it stands for divided by their number, so that one learning
