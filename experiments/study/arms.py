@@ -112,10 +112,8 @@ def _selections() -> dict[str, Arm]:
         ("random", Rule.RANDOM, "at random"),
     )
     found = {
-        f"{name}-{k}": Arm(
-            note=f"{k} of the active experts learn: {rule.name.lower().replace('_', ' ')}", rule=rule, learners=k
-        )
-        for name, rule, why in named
+        f"{name}-{k}": Arm(note=f"{k} of a token's active experts learn, {which}", rule=rule, learners=k)
+        for name, rule, which in named
         for k in (1, 2, 4)
     }
     return found | {

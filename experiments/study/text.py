@@ -7,6 +7,7 @@ bank reads and what the bank's output is added to are constants of the text, so 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,28 +15,19 @@ from torch import Tensor
 
 import onn.functional as F
 from experiments import noise
+from experiments.presets import PRESETS
 from experiments.progress import progress
 from experiments.study.arms import BASE_ACTIVE
 from experiments.study.net import Net
 from experiments.study.tasks import EXPERTS, HIDDEN, WIDTH, Tasks
 from onn import carve, data, qwen3, train
 from onn.corpus import Corpus, embedded_corpus
-from onn.objective import IntegrityConfig, OptimConfig, StepConfig
-from onn.qwen3 import Mlp, Model, Qwen3Config
+from onn.objective import OptimConfig, StepConfig
+from onn.qwen3 import Mlp, Model
 
-DENSE = Qwen3Config(
-    vocab_size=256,
-    hidden_size=HIDDEN,
-    intermediate_size=EXPERTS * WIDTH,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=256,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-6,
-    initializer_range=0.02,
-    tie_word_embeddings=True,
+TINY = PRESETS["tiny"]
+DENSE = replace(
+    TINY.model, hidden_size=HIDDEN, intermediate_size=EXPERTS * WIDTH, num_hidden_layers=2, head_dim=HIDDEN // 4
 )
 STEPS, BATCH, LENGTH = 1000, 16, 64
 BYTES = 300_000
@@ -80,7 +72,7 @@ def _dense(corpus: Corpus) -> Model:
         optim=OptimConfig(
             lr=1e-2, warmup=50, floor=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0
         ),
-        integrity=IntegrityConfig(alpha=1.0, gamma=0.2, tau_floor=0.1, delta=1.0),
+        integrity=TINY.integrity,
         total_steps=STEPS,
         engine="autograd",
     )
