@@ -38,14 +38,19 @@ def leaves(tree: Tree) -> list[Tensor]:
 
 def paths(tree: Tree) -> list[str]:
     """A dotted name for every leaf, in the order of `leaves`: `layers.0.attention.q`."""
+    return [path for path, _ in _named(tree)]
+
+
+def _named(tree: Tree) -> list[tuple[str, Tensor]]:
+    """Paths and leaves; torch.compile follows it into mappings, which it does not follow optree into."""
     if isinstance(tree, Tensor):
-        return [""]
+        return [("", tree)]
     if isinstance(tree, Mapping):
         items = list(tree.items()) if isinstance(tree, OrderedDict) else sorted(tree.items())
     else:
         names = getattr(tree, "_fields", None) or [str(position) for position in range(len(tree))]
         items = list(zip(names, tree, strict=True))
-    return [f"{name}.{path}" if path else name for name, child in items for path in paths(child)]
+    return [(f"{name}.{path}" if path else name, leaf) for name, child in items for path, leaf in _named(child)]
 
 
 def unflatten(like: T, values: Sequence[Tensor]) -> T:
@@ -179,7 +184,7 @@ def value_and_grad(
 
 
 def _check_floating(tree: Tree) -> None:
-    for path, leaf in zip(paths(tree), leaves(tree), strict=True):
+    for path, leaf in _named(tree):
         check.holds("value_and_grad", f"leaf {path}", leaf, "float")
 
 

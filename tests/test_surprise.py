@@ -279,6 +279,21 @@ def test_surprise_is_the_gradient_of_an_untied_copy_for_every_position(engine: t
         assert_close(tap["surprise"], torch.cat(gradients, dim=2).flatten(2).norm(dim=2), bound=BOUND)
 
 
+@pytest.mark.parametrize("names", [(), ("surprise", "neuron")])
+@pytest.mark.parametrize("backend", ["dense", "loop"])
+def test_surprise_and_its_gradients_compile_as_one_graph(backend: F.Backend, names: tuple[F.TapName, ...]) -> None:
+    case = make_case(0, T=6, H=5, E=3, I=2)
+
+    def loss(experts: F.Experts, x: Tensor, taps: Taps) -> tuple[Tensor, tuple[()]]:
+        return F.bank(experts, x, case.weights, taps[0], min_k=1, backend=backend).square().sum(), ()
+
+    taps = (F.zero_taps(names, tokens=6, experts=case.experts),)
+    transformed = F.surprise_and_grad(loss, taps=taps, engine="func")
+    torch._dynamo.reset()
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(case.experts, case.x), transformed(case.experts, case.x), bound=BOUND)
+
+
 CASE = make_case(0, T=4, H=3, E=2, I=2)
 REFUSED: dict[str, Callable[[], object]] = {
     "weights": partial(F.parameter_surprise, local_of(CASE), CASE.x, CASE.weights[:3], CASE.dy),
