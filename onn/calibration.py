@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 import time
@@ -91,12 +92,13 @@ def calibrate(*, num_experts: int, width: int, hidden: int, tokens: int, dtype: 
         of them is faster.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or a dtype without fractions.
     """
     check.require(
         min(num_experts, width, hidden, tokens, repeats) > 0,
         f"calibrate: expected positive sizes, got E={num_experts}, I={width}, H={hidden}, T={tokens}, {repeats=}.",
     )
+    check.holds("calibrate", "dtype", torch.empty((), dtype=dtype, device="meta"), "float")
 
     def fastest(density: float, *tilings: F.Tiling) -> F.Tiling:
         steps = [_step(tiling, density, (num_experts, width, hidden), tokens=tokens, dtype=dtype) for tiling in tilings]
@@ -151,6 +153,7 @@ def _machine() -> tuple[str, ...]:
 def _read(path: Path) -> Mapping[str, Json]:
     if not path.exists():
         return {}
+    check.require(path.is_file(), f"{path}: not a calibration: expected a file.")
     try:
         known = decode(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -162,6 +165,13 @@ def _read(path: Path) -> Mapping[str, Json]:
 
 def _tiling(values: Mapping[str, Json], where: str) -> F.Tiling:
     entries, whole_from = values.get("entries"), values.get("whole_from")
-    if type(entries) is not int or not isinstance(whole_from, float):
-        raise ValueError(f"{where}: expected entries, a whole number, and whole_from, a number; got {dict(values)!r}.")
+    if (
+        type(entries) is not int
+        or not isinstance(whole_from, float)
+        or not (entries >= 0 and 0 <= whole_from < math.inf)
+    ):
+        raise ValueError(
+            f"{where}: expected entries, a whole number, and whole_from, a number, neither of them negative; got "
+            f"{dict(values)!r}."
+        )
     return F.Tiling(entries=entries, whole_from=whole_from)

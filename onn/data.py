@@ -24,6 +24,8 @@ from onn.documents import text_corpus as text_corpus
 
 LONGEST = 2**22
 """Tokens of a window."""
+MOST_TOKENS = 2**31 - 1
+"""Of a pool: what its starts can tell apart."""
 
 
 class Batch(NamedTuple):
@@ -67,6 +69,8 @@ def pool(tokens: Sequence[Tensor], masks: Sequence[Tensor], *, length: int) -> P
     """
     check.at_least("pool", "length", length, 1)
     check.require(len(tokens) == len(masks) > 0, f"pool: {len(tokens)} token sequences and {len(masks)} masks.")
+    total = sum(sequence.numel() for sequence in tokens)
+    check.require(total <= MOST_TOKENS, f"pool: expected at most {MOST_TOKENS} tokens, got {total}.")
     offset, bounds, starts = 0, [0], []
     for domain, (sequence, mask) in enumerate(zip(tokens, masks, strict=True)):
         N = check.shapes("pool", ("tokens", sequence, "integer N"), ("masks", mask, "bool N"))["N"]
@@ -89,7 +93,12 @@ def check_vocabulary(corpus: Corpus, *, vocab_size: int) -> None:
 
     What a batch is cut from is checked once, here: an embedding looks a token up unchecked, or ends the process.
     """
+    counts = {name: len(getattr(corpus, name)) for name in ("domains", "train", "held_out")}
+    check.require(len(set(counts.values())) == 1, f"check_vocabulary: expected one entry a domain, got {counts}.")
     for domain, *sides in zip(corpus.domains, corpus.train, corpus.held_out, strict=True):
+        for side in sides:
+            check.shapes("check_vocabulary", (f"tokens of {domain}", side, "integer N"))
+            check.require(not side.is_meta, f"check_vocabulary: expected tokens of {domain} with values, got meta.")
         for tokens in (side for side in sides if len(side)):
             low, high = (int(value) for value in torch.aminmax(tokens))
             check.require(
@@ -133,6 +142,10 @@ def sample_batch(pool: Pool, choice: Tensor) -> Batch:
 
     Guarantees: pure; the same noise gives the same batch. Every window lies within its domain and has a target that
     counts.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or the pool is not what `pool` makes: bounds that do not rise from 0 to the
+            number of starts, or a window chosen that leaves the tokens. It reads values: for where batches are made.
     """
     check.shapes(
         "sample_batch",
@@ -147,11 +160,19 @@ def sample_batch(pool: Pool, choice: Tensor) -> Batch:
         f"sample_batch: pool has bounds {list(pool.bounds.shape)}, starts {list(pool.starts.shape)}, "
         f"length={pool.length}, tokens {list(pool.tokens.shape)}: no window; expected what `pool` makes.",
     )
+    check.require(not choice.is_meta, "sample_batch: expected choice and pool with values, got them on meta.")
+    bounds = pool.bounds.long()
+    rising = bool((bounds[1:] > bounds[:-1]).all()) and int(bounds[0]) == 0 and int(bounds[-1]) == len(pool.starts)
+    check.require(
+        rising,
+        f"sample_batch: expected pool.bounds rising from 0 to {len(pool.starts)}, the number of starts, got "
+        f"{check.shown(bounds.tolist())}.",
+    )
     uniform = choice.double()
-    domain = _pick(uniform[:, 0], torch.full_like(uniform[:, 0], len(pool.bounds) - 1))
-    first = pool.bounds[domain]
-    window = first + _pick(uniform[:, 1], pool.bounds[domain + 1] - first)
-    return _cut(pool.tokens, pool.mask, pool.starts[window], pool.length)._replace(domain=domain)
+    domain = _pick(uniform[:, 0], torch.full_like(uniform[:, 0], len(bounds) - 1))
+    first = bounds[domain]
+    window = first + _pick(uniform[:, 1], bounds[domain + 1] - first)
+    return windows(pool.tokens, pool.mask, pool.starts[window], length=pool.length)._replace(domain=domain)
 
 
 def _pick(uniform: Tensor, sizes: Tensor) -> Tensor:

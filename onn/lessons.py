@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import qwen3, tree
+from onn import check, qwen3, tree
 from onn.objective import MoeTraining
 from onn.qwen3 import Carved
 
@@ -30,11 +30,20 @@ def router_objective(
 
     Returns:
         A scalar, of which a model's routers minimise the mean, and nothing else.
+
+    Raises:
+        ValueError: the tap that the target needs is missing, or what is given does not fit one another.
     """
     teach = config.router
+    name = "counterfactual" if teach.target == "counterfactual" else "surprise"
+    check.require(
+        name in taps, f"router_objective: target={teach.target!r} needs the tap {name!r}, got {sorted(taps)}."
+    )
     _, routing = qwen3.route(router, seen.x.detach(), config=config.moe)
+    rows = (("scores", routing.scores, "float T E"), (f"tap {name}", taps[name], "float T E"))
+    check.shapes("router_objective", *rows, ("mix", mix, "float"))
     scores = routing.scores / teach.temperature
-    values = taps["counterfactual" if teach.target == "counterfactual" else "surprise"].detach()
+    values = taps[name].detach()
     if teach.target == "normalised":
         values = F.normalised_surprise(values, routing.weights.detach())
     candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active

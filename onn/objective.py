@@ -5,7 +5,7 @@ Shape letters: B batch, S sequence, T = B S tokens, H hidden, E experts, L carve
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from onn.settings import StepConfig as StepConfig
 from onn.tree import Tree
 
 T = TypeVar("T", bound=Tree)
+_MOST_TOKENS = 2**31
+"""Of a batch; more are a mistake that no machine has memory for."""
 
 
 class Measured(NamedTuple):
@@ -78,13 +80,14 @@ def soft_targets(
     Empty, and nothing is computed, where the configuration gives it no weight.
 
     Raises:
-        ValueError: it has weight and there is no teacher.
+        ValueError: it has weight and there is no teacher, or one that does not fit.
     """
     if config.sparse is None or config.sparse.distill.weight == 0:
         return ()
     weight = config.sparse.distill.weight
     if not isinstance(teacher, Model):
         raise ValueError(f"soft_targets: distill.weight={weight!r} needs a dense model as the teacher, got none.")
+    check.require(not carved_layers(teacher), "soft_targets: expected a dense model as the teacher, got a carved one.")
     with torch.no_grad():
         output = qwen3.forward(teacher, batch.tokens, (), config=config.model, moe=None, region=region)
     return output.logits.flatten(0, 1)
@@ -134,8 +137,14 @@ def language_loss(
     Returns:
         The mean cross-entropy in nats, mixed with the divergence from the teacher where there is one; and what else the
         forward pass tells, detached.
+
+    Raises:
+        ValueError: see `qwen3.forward`; or batch, soft targets and configuration do not fit one another.
     """
     _check_batch("language_loss", batch)
+    if isinstance(soft, Tensor):
+        check.holds("language_loss", "soft", soft, "float")
+        check.require(config.sparse is not None, "language_loss: got soft targets, but config.sparse=None: no weight.")
     moe = None if config.sparse is None else config.sparse.moe
     x_BSH, carved = qwen3.hidden_states(model, batch.tokens, taps, config=config.model, moe=moe, region=region)
     readout = region(_readout_loss, kind="loss")
@@ -195,13 +204,22 @@ def _readout_loss(
 
 def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
     """Taps for every carved layer of a model (see `onn.functional.zero_taps`)."""
-    check.at_least("zero_taps", "tokens", tokens, 0)
+    check.between("zero_taps", "tokens", tokens, 0, _MOST_TOKENS)
     return tuple(F.zero_taps(names, tokens=tokens, experts=layer.experts) for layer in carved_layers(model))
 
 
 def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
-    """Surprise of the summed loss: that of the mean loss times the targets that count, so free of the batch size."""
+    """Surprise of the summed loss: that of the mean loss times the targets that count, so free of the batch size.
+
+    Raises:
+        ValueError: an unknown tap, or one that is not of the batch.
+    """
     _check_batch("scaled_surprise", batch)
+    for tap in taps:
+        for name in tap:
+            check.one_of("scaled_surprise", "tap", name, get_args(F.TapName))
+        rows = ((f"tap {name}", tap[name], "float E I" if name == "neuron" else "float T E") for name in tap)
+        check.shapes("scaled_surprise", ("tokens", batch.tokens.flatten(), "T"), *rows)
     total = batch.mask.sum().clamp_min(1)
     return tuple(
         {name: value * (total**2 if name == "neuron" else total) for name, value in tap.items()} for tap in taps
@@ -274,6 +292,11 @@ def sparse_metrics(
         f"sparse_metrics: expected a tap 'surprise' for each of {len(seen.carved)} carved layers, one or more, got "
         f"{[sorted(tap) for tap in surprise]}.",
     )
+    scalars = (("loss", loss), ("tau", seen.tau), ("share", share))
+    check.shapes("sparse_metrics", *((name, value, "float") for name, value in scalars))
+    for layer, tap in zip(seen.carved, surprise, strict=True):
+        rows = (("weights", layer.routing.weights, "float T E"), ("tap surprise", tap["surprise"], "float T E"))
+        check.shapes("sparse_metrics", *rows, ("active", layer.routing.active, "bool T E"))
     of_layer = region(_layer_figures, kind="figures")
     layers = [of_layer(layer, tap["surprise"]) for layer, tap in zip(seen.carved, surprise, strict=True)]
     figures = _LayerFigures(*(_stacked(column) for column in zip(*layers, strict=True)))

@@ -144,6 +144,7 @@ def abstract(config: Qwen3Config) -> Model:
 
 def check_model(where: str, model: Model, *, config: Qwen3Config, moe: MoeConfig | None) -> None:
     """Raise `ValueError` unless the parameters, dense or carved, have the shapes of a configuration and one dtype."""
+    check_structure(where, model)
     D, queries = config.head_dim, config.num_attention_heads * config.head_dim
     expected = {"V": config.vocab_size, "H": config.hidden_size, "M": config.intermediate_size, "D": D}
     expected |= {"Q": queries, "K": config.num_key_value_heads * D} | ({} if moe is None else {"E": moe.num_experts})
@@ -151,23 +152,47 @@ def check_model(where: str, model: Model, *, config: Qwen3Config, moe: MoeConfig
     check.require(found == layers, f"{where}: the model has {found} layers, the configuration {layers}.")
     heads, tied = len(model.head), config.tie_word_embeddings
     check.require(int(not tied) <= heads <= 1, f"{where}: the model has {heads} heads, tie_word_embeddings={tied}.")
-    for position, layer in enumerate(model.layers):
-        part = f"{where}, layer {position}"
-        for letter, size in shapes(part, model._replace(layers=(layer,)), dict(_LEAVES)).items():
+    for part, sizes in check_layers(where, model).items():
+        for letter, size in sizes.items():
             fits = expected.get(letter, size)
             check.require(size == fits, f"{part}: the model has {letter}={size}, the configuration {letter}={fits}.")
+
+
+def check_structure(where: str, model: Model) -> None:
+    """Raise `ValueError` unless a model consists of layers, each with a dense MLP or a bank and its router."""
+    check.require(isinstance(model, Model), f"{where}: expected a Model, got {type(model).__name__}.")
+    for position, layer in enumerate(model.layers):
+        found = type(layer.mlp if isinstance(layer, Layer) else layer)
+        check.require(
+            found in (Mlp, Moe) and isinstance(layer, Layer),
+            f"{where}, layer {position}: expected a Layer with an Mlp or a Moe, found {found.__name__}.",
+        )
+
+
+def check_layers(where: str, model: Model) -> dict[str, dict[str, int]]:
+    """The sizes of every layer, by where it stands.
+
+    Raises:
+        ValueError: see `check_structure`; or shapes do not fit one another, or dtypes or devices differ. Routers may be
+            of another dtype.
+    """
+    check_structure(where, model)
+    found = {}
+    for position, layer in enumerate(model.layers):
+        part = f"{where}, layer {position}"
+        found[part] = shapes(part, model._replace(layers=(layer,)), dict(_LEAVES))
         own = layer.mlp.experts if isinstance(layer.mlp, Moe) else layer.mlp
-        parts = (layer.input_norm, layer.attention, layer.post_attention_norm, own)
+        parts = (layer.input_norm, layer.attention, layer.post_attention_norm, own, model.norm, model.head)
         weights = {leaf.dtype for leaf in leaves(parts)}
         check.require(
             weights == {model.embedding.dtype}, f"{part}: dtypes {weights}, embedding of {model.embedding.dtype}."
         )
+    return found
 
 
 def init(noise: Model, *, config: Qwen3Config, dtype: torch.dtype) -> Model:
     """Initial parameters of a dense model: `initializer_range` times standard normal `noise`, norms at one."""
-
-    check.require(dtype.is_floating_point, f"init: expected a floating dtype, got {dtype}.")
+    check.holds("init", "dtype", torch.empty((), dtype=dtype, device="meta"), "float")
     check_model("init", noise, config=config, moe=None)
 
     def scaled(leaf: Tensor) -> Tensor:
@@ -187,12 +212,21 @@ def _check_last(where: str, x: Tensor, name: str, weight: Tensor) -> None:
 
 def apply_norm(weight: Tensor, x: Tensor, config: Qwen3Config) -> Tensor:
     """transformers' RMS norm with `weight` [H] on `x` [..., H]."""
+    check.shapes("apply_norm", ("weight", weight, "float H"))
     _check_last("apply_norm", x, "weight", weight)
     return cast("Tensor", functional_call(config.modules.norm, {"weight": weight}, (x,)))
 
 
 def apply_attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Tensor], config: Qwen3Config) -> Tensor:
     """transformers' causal attention on `x` [B, S, H], with the cosines and sines of `rotary_positions`."""
+    D = config.head_dim
+    queries, keys = config.num_attention_heads * D, config.num_key_value_heads * D
+    dims = (f"{queries} H", f"{keys} H", f"{keys} H", f"H {queries}", f"{D}", f"{D}", f"1 S {D}", f"1 S {D}")
+    parts = attention._asdict() | dict(zip(("cosines", "sines"), positions, strict=True))
+    rows = ((name, part, f"float {own}") for (name, part), own in zip(parts.items(), dims, strict=True))
+    check.shapes("apply_attention", ("x", x, "float B S H"), *rows)
+    check.one_dtype("apply_attention", x=x, **parts)
+    check.require(x.numel() > 0, f"apply_attention: x {list(x.shape)} holds no token.")
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
     weights = {f"{name}.weight": weight for name, weight in zip(names, attention, strict=True)}
     arguments = {"hidden_states": x, "position_embeddings": positions, "attention_mask": None}
@@ -202,6 +236,7 @@ def apply_attention(attention: Attention, x: Tensor, positions: tuple[Tensor, Te
 
 def rotary_positions(x: Tensor, config: Qwen3Config) -> tuple[Tensor, Tensor]:
     """The cosines and sines [1, S, D] of the rotary embedding, in the dtype of `x` [B, S, H]."""
+    check.shapes("rotary_positions", ("x", x, "float B S H"))
     positions = torch.arange(x.shape[1], device=x.device)[None]
     return cast("tuple[Tensor, Tensor]", config.modules.rotary(x, positions))
 
@@ -252,6 +287,12 @@ def layer_forward(
     Raises:
         ValueError: a carved layer without `moe`.
     """
+    check.shapes(
+        "layer_forward",
+        ("x", x_BSH, "float B S H"),
+        ("input_norm", layer.input_norm, "float H"),
+        ("post_attention_norm", layer.post_attention_norm, "float H"),
+    )
     normed = apply_norm(layer.input_norm, x_BSH, config)
     x_BSH = x_BSH + apply_attention(layer.attention, normed, positions, config)
     normed = apply_norm(layer.post_attention_norm, x_BSH, config)
@@ -280,6 +321,7 @@ def hidden_states(
     )
     check.shapes("forward", ("tokens", tokens, "integer B S"), ("embedding", model.embedding, "float V H"))
     check.require(tokens.dtype in (torch.int32, torch.int64), f"forward: expected int64 tokens, got {tokens.dtype}.")
+    check.require(tokens.numel() > 0, f"forward: tokens {list(tokens.shape)} are none.")
     check_model("forward", model, config=config, moe=moe)
     try:
         x_BSH = embedding(tokens, model.embedding)
@@ -297,6 +339,8 @@ def hidden_states(
 
 def readout(norm: Tensor, head: Tensor, x_BSH: Tensor, *, config: Qwen3Config) -> Tensor:
     """The logits [B, S, V] of what the last layer gave."""
+    check.shapes("readout", ("x", x_BSH, "float B S H"), ("norm", norm, "float H"), ("head", head, "float V H"))
+    check.one_dtype("readout", x=x_BSH, norm=norm, head=head)
     return linear(apply_norm(norm, x_BSH, config), head)
 
 

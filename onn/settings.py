@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from onn import check, tree
 from onn.architecture import MoeConfig, Qwen3Config
+from onn.tiling import backend_of
 
 Granularity = Literal["token", "batch", "off"]
 RouterTarget = Literal["surprise", "normalised", "counterfactual"]
+MOST_STEPS = 2**62
+"""What a counter of steps holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,9 +37,15 @@ class OptimConfig:
         """Refuse decays that leave nothing, or grow."""
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             check.require(0 <= beta < 1, f"OptimConfig: expected 0 <= {name}={beta!r} < 1.")
-        check.at_least("OptimConfig", "warmup", self.warmup, 0)
+        for name, value in (("eps", self.eps), ("weight_decay", self.weight_decay)):
+            check.weight("OptimConfig", name, value)
+        check.between("OptimConfig", "warmup", self.warmup, 0, MOST_STEPS)
         check.between("OptimConfig", "floor", self.floor, 0, 1)
-        check.require(self.clip_norm > 0, f"OptimConfig: expected clip_norm={self.clip_norm!r} > 0.")
+        clip = self.clip_norm
+        check.require(
+            0 < clip <= check.LARGEST or clip == math.inf,
+            f"OptimConfig: expected 0 < clip_norm={clip!r} <= {check.LARGEST:g}, or infinite.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +60,13 @@ class IntegrityConfig:
     """Lower bound of the output entropy, in nats."""
     delta: float
     """Penalty of unsteadiness in the integral over a run."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would only be noticed by the first carved step, or at the end of a run."""
+        for name, value in (("alpha", self.alpha), ("delta", self.delta)):
+            check.weight("IntegrityConfig", name, value)
+        check.between("IntegrityConfig", "gamma", self.gamma, 0, 1)
+        check.positive("IntegrityConfig", "tau_floor", self.tau_floor)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,9 +93,12 @@ class RouterConfig:
     """PI at which surprise and balance weigh the same; below it balance wins."""
 
     def __post_init__(self) -> None:
-        """Refuse a target that is none, and a division by nothing."""
+        """Refuse a target that is none, a division by nothing, and weights that are no numbers."""
         check.one_of("RouterConfig", "target", self.target, get_args(RouterTarget))
         check.positive("RouterConfig", "temperature", self.temperature)
+        for name in ("weight", "w_ce", "w_kl", "w_diversity", "w_simplicity", "sensitivity"):
+            check.weight("RouterConfig", name, getattr(self, name))
+        check.between("RouterConfig", "pi_threshold", self.pi_threshold, -check.LARGEST, check.LARGEST)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +116,7 @@ class DensityConfig:
         """Refuse shares that mean nothing."""
         check.between("DensityConfig", "target", self.target, 0, 1)
         check.between("DensityConfig", "gain", self.gain, 0, 1)
+        check.between("DensityConfig", "ramp_steps", self.ramp_steps, 0, MOST_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +131,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         check.between("DistillConfig", "weight", self.weight, 0, 1)
-        check.require(self.temperature > 0, f"DistillConfig: expected temperature={self.temperature!r} > 0.")
+        check.positive("DistillConfig", "temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,8 +146,13 @@ class MoeTraining:
     distill: DistillConfig
 
     def __post_init__(self) -> None:
-        """Refuse a granularity that is none."""
+        """Refuse a granularity that is none, and a target that the backend does not measure."""
         check.one_of("MoeTraining", "granularity", self.granularity, get_args(Granularity))
+        check.require(
+            self.router.target != "counterfactual" or backend_of(self.moe.backend) in ("auto", "dense"),
+            f"MoeTraining: router.target='counterfactual' needs every expert computed: expected moe.backend='dense' or "
+            f"'auto', got {self.moe.backend!r}.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,3 +166,8 @@ class StepConfig:
     integrity: IntegrityConfig
     total_steps: int
     engine: tree.Engine
+
+    def __post_init__(self) -> None:
+        """Refuse an engine that is none, and a schedule of no length."""
+        check.one_of("StepConfig", "engine", self.engine, get_args(tree.Engine))
+        check.between("StepConfig", "total_steps", self.total_steps, 0, MOST_STEPS)

@@ -11,8 +11,14 @@ from onn.functional.kernels.parts import Tiling
 
 
 def tiling_name(tiling: Tiling) -> str:
-    """The text of a tiling, `loop:ENTRIES:SHARE`, as in `loop:1048576:0.55`."""
-    return f"loop:{tiling.entries}:{tiling.whole_from}"
+    """The text of a tiling, `loop:ENTRIES:SHARE`, as in `loop:1048576:0.55`.
+
+    Raises:
+        ValueError: numbers that no text stands for: negative, or without end.
+    """
+    fits = isinstance(tiling, Tiling) and tiling.entries >= 0 and 0 <= tiling.whole_from < math.inf
+    check.require(fits, f"tiling_name: expected a Tiling of finite numbers >= 0, got {check.shown(tiling)}.")
+    return f"loop:{tiling.entries}:{float(tiling.whole_from)}"
 
 
 def backend_of(name: str) -> Backend | Tiling:
@@ -21,6 +27,7 @@ def backend_of(name: str) -> Backend | Tiling:
     Raises:
         ValueError: neither, or not written as `tiling_name` writes it.
     """
+    check.require(isinstance(name, str), f"MoeConfig: expected backend={check.shown(name)} as a text, such as 'auto'.")
     backend: Backend
     for backend in get_args(Backend):
         if backend == name:

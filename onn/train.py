@@ -30,7 +30,7 @@ from onn.objective import (
     target_share,
     zero_taps,
 )
-from onn.qwen3 import Carved, Model, Moe
+from onn.qwen3 import Carved, Model, Moe, check_layers
 from onn.region import Region, inline
 from onn.tree import Tree
 
@@ -108,7 +108,12 @@ def _learns(norms: Model, finite: Tensor) -> Model:
 
 
 def init_state(model: Model) -> State:
-    """The state before the first step; no two of its tensors share memory that the model does not share."""
+    """The state before the first step; no two of its tensors share memory that the model does not share.
+
+    Raises:
+        ValueError: the model is none, or its parts do not fit one another.
+    """
+    check_layers("init_state", model)
     layers = carved_layers(model)
 
     def counts(layer: Moe) -> Tensor:

@@ -17,6 +17,7 @@ from onn.data import Batch
 from onn.objective import StepConfig
 from onn.observe import Json
 from onn.qwen3 import Model
+from onn.region import Region, inline
 from onn.train import Metrics, State
 
 SMALL = replace(
@@ -61,12 +62,17 @@ def interrupted_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     real, taken = train.step, list[int]()
 
     def step(
-        state: State, batch: Batch, noise: Model | tuple[()], config: StepConfig, teacher: Model | tuple[()] = ()
+        state: State,
+        batch: Batch,
+        noise: Model | tuple[()],
+        config: StepConfig,
+        teacher: Model | tuple[()] = (),
+        region: Region = inline,
     ) -> tuple[State, Metrics]:
         taken.append(1)
         if len(taken) % steps == 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(state, batch, noise, config, teacher)
+        return real(state, batch, noise, config, teacher, region)
 
     monkeypatch.setattr(train, "step", step)
 

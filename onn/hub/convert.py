@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,13 @@ def architecture(config: PreTrainedConfig) -> Qwen3Config:
         ValueError: another architecture, or a value that `onn.qwen3` does not compute; the message names it.
     """
     if not isinstance(config, TransformersConfig):
-        raise ValueError(f"architecture: expected a configuration of Qwen3, got model_type={config.model_type!r}.")
+        found = getattr(config, "model_type", type(config).__name__)
+        raise ValueError(f"architecture: expected a configuration of Qwen3, got model_type={found!r}.")
+    rope = (config.rope_parameters or {}).get("rope_theta")
+    if not isinstance(rope, int | float):
+        raise ValueError(
+            f"architecture: expected rope_parameters with a number as rope_theta, got {config.rope_parameters!r}."
+        )
     found = Qwen3Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -38,7 +43,7 @@ def architecture(config: PreTrainedConfig) -> Qwen3Config:
         num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
-        rope_theta=float(cast("float", (config.rope_parameters or {})["rope_theta"])),
+        rope_theta=float(rope),
         rms_norm_eps=config.rms_norm_eps,
         initializer_range=config.initializer_range,
         tie_word_embeddings=config.tie_word_embeddings,
@@ -63,11 +68,12 @@ def to_module(model: Model, *, config: Qwen3Config, moe: MoeConfig) -> OnnForCau
         the other. Its logits are those of `onn.qwen3.forward`, bit for bit.
 
     Raises:
-        ValueError: a layer is missing or of other shapes than the configuration says, or leaves differ in dtype.
+        ValueError: a layer is missing or of other shapes than the configuration says, or leaves differ in dtype or
+            device.
     """
-    dense_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Mlp)]
-    tensors = dict(zip(names(model), tree.leaves(model), strict=True))
-    check_leaves("to_module", tensors, abstract(config, moe, dense_layers=dense_layers))
+    tensors, dense_layers = checked("to_module", model, config=config, moe=moe)
+    devices = sorted({str(leaf.device) for leaf in tensors.values()})
+    check.require(len(devices) == 1, f"to_module: expected one device, got leaves on {', '.join(devices)}.")
     values = qwen3.transformers_config(config).to_dict()
     del values["model_type"]
     with torch.device("meta"):
@@ -109,17 +115,47 @@ def to_tree(module: nn.Module) -> Model:
 
 
 def abstract(config: Qwen3Config, moe: MoeConfig, *, dense_layers: list[int]) -> Model:
-    """`onn.qwen3.abstract` of a model that is carved in all layers but some."""
+    """`onn.qwen3.abstract` of a model that is carved in all layers but some.
+
+    Raises:
+        ValueError: there is no such layer, or the MLP does not divide into so many experts.
+    """
+    for layer in dense_layers:
+        check.between("abstract", "dense_layers", layer, 0, config.num_hidden_layers - 1)
     dense = qwen3.abstract(config)
     carved = carve.carve(dense, num_experts=moe.num_experts)
     layers = [(dense if index in dense_layers else carved).layers[index] for index in range(len(dense.layers))]
     return carved._replace(layers=tuple(layers))
 
 
+def checked(where: str, model: Model, *, config: Qwen3Config, moe: MoeConfig) -> tuple[dict[str, Tensor], list[int]]:
+    """The leaves of a carved model by their names in the module, and the layers that are dense.
+
+    Raises:
+        ValueError: the model is not what the configurations say.
+    """
+    qwen3.check_structure(where, model)
+    for name, value, kind in (("config", config, Qwen3Config), ("moe", moe, MoeConfig)):
+        found = f"{type(value).__module__}.{type(value).__name__}"
+        check.require(isinstance(value, kind), f"{where}: expected {name} of onn.qwen3.{kind.__name__}, got {found}.")
+    dense_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Mlp)]
+    check.require(
+        len(model.layers) <= config.num_hidden_layers,
+        f"{where}: the model has {len(model.layers)} layers, the configuration {config.num_hidden_layers}.",
+    )
+    tensors = dict(zip(names(model), tree.leaves(model), strict=True))
+    check_leaves(where, tensors, abstract(config, moe, dense_layers=dense_layers))
+    return tensors, dense_layers
+
+
 def names(model: Model) -> list[str]:
     """The name in the module of every leaf of a tree: transformers' own, and the path in the tree for experts and
     routers.
+
+    Raises:
+        ValueError: it is no model.
     """
+    qwen3.check_structure("names", model)
 
     def dense(layer: Layer) -> Layer:
         return layer._replace(mlp=Mlp(gate=layer.input_norm, up=layer.input_norm, down=layer.input_norm))
@@ -141,6 +177,7 @@ def check_leaves(where: str, found: Mapping[str, Tensor], template: Model) -> No
     check.require(len(dtypes) == 1, f"{where}: expected one dtype, found {', '.join(dtypes.values())}.")
     (dtype,) = dtypes
     for name, tensor in found.items():
+        check.holds(where, name, tensor, "float")
         check.require(
             tensor.dtype in (dtype, F.reduction_dtype(dtype)),
             f"{where}: {name}: expected {F.reduction_dtype(dtype)}, found {tensor.dtype}.",

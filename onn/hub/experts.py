@@ -18,6 +18,8 @@ from transformers.activations import SiLUActivation
 from transformers.integrations import moe
 
 import onn.functional as F
+from onn import check
+from onn.architecture import LARGEST_SIZE
 from onn.tree import map1
 
 IMPLEMENTATION = "onn"
@@ -64,9 +66,20 @@ def dense_weights(index: Tensor, weights: Tensor, *, num_experts: int, dtype: to
 
     Returns:
         [T, E], 0 where not chosen; the weights of an expert that a token names twice add.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit; on a CPU also an index of no expert.
     """
+    check.shapes("dense_weights", ("index", index, "integer T K"), ("weights", weights, "float T K"))
+    check.between("dense_weights", "num_experts", num_experts, 1, LARGEST_SIZE)
+    check.holds("dense_weights", "dtype", torch.empty((), dtype=dtype, device="meta"), "float")
     nothing = torch.zeros(len(index), num_experts, dtype=dtype, device=weights.device)
-    return nothing.scatter_add(1, index.long(), weights.to(dtype))
+    try:
+        return nothing.scatter_add(1, index.long(), weights.to(dtype))
+    except RuntimeError as error:  # on a CPU, which looks before it writes
+        if "out of bounds" not in str(error):
+            raise
+        raise ValueError(f"dense_weights: an index that is not below num_experts={num_experts}: {error}.") from error
 
 
 def experts_of(module: StockExperts) -> F.Experts:
@@ -75,6 +88,9 @@ def experts_of(module: StockExperts) -> F.Experts:
     Raises:
         ValueError: they are no plain SwiGLU experts; the message names the setting.
     """
+    check.require(
+        is_stock(module), f"experts_of: {type(module).__name__} is not under transformers' experts interface."
+    )
     _refuse_all_but_swiglu(module)
     gate, up = module.gate_up_proj.chunk(2, dim=1)
     return F.Experts(gate=gate, up=up, down=module.down_proj.mT)
@@ -97,12 +113,24 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
         gradient.
 
     Raises:
-        ValueError: another activation or layout; the message names the setting.
+        ValueError: another activation or layout, where the message names the setting; shapes or dtypes do not fit; on a
+            CPU also an index of no expert.
     """
     experts = experts_of(module)
+    check.shapes(
+        "bank_experts",
+        ("hidden_states", hidden_states, "float T H"),
+        ("top_k_index", top_k_index, "integer T K"),
+        ("top_k_weights", top_k_weights, "float T K"),
+        ("gate", experts.gate, "float E I H"),
+    )
     E, dtype = len(experts.gate), experts.gate.dtype
     if top_k_index.numel() < E:
-        experts = map1(lambda w: w.index_select(0, top_k_index.flatten()), experts)
+        chosen = top_k_index.flatten().long()
+        try:
+            experts = map1(lambda w: w.index_select(0, chosen), experts)
+        except IndexError as error:  # on a CPU, which looks before it reads
+            raise ValueError(f"bank_experts: a top_k_index that is not below {E} experts: {error}.") from error
         weights = _own_choices(top_k_weights.to(dtype))
     else:
         weights = dense_weights(top_k_index, top_k_weights, num_experts=E, dtype=dtype)

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
-from onn import check, qwen3, storage, tree
-from onn.hub.convert import abstract, check_leaves, names
-from onn.qwen3 import Mlp, Model, Moe, MoeConfig, Qwen3Config
+from onn import check, qwen3, storage
+from onn.hub.convert import checked
+from onn.qwen3 import Model, Moe, MoeConfig, Qwen3Config
 from onn.weights import CONFIG_FILE, MODEL_FILE
 
 _ARCHITECTURE = "Qwen3MoeForCausalLM"
@@ -33,16 +33,16 @@ def export_qwen3_moe(model: Model, folder: Path, *, config: Qwen3Config, moe: Mo
         moe: routing of the carved layers. What `top_k` does not use is lost.
 
     Raises:
-        ValueError: another route than `top_k`, a model of another architecture, or of several dtypes.
+        ValueError: another route than `top_k`, a model of another architecture, of several dtypes, or on `meta`.
     """
+    found, dense_layers = checked("export_qwen3_moe", model, config=config, moe=moe)
     check.require(
         moe.route == "top_k",
         f"export_qwen3_moe: expected route='top_k', got {moe.route!r}; Qwen3-MoE has no thresholds. "
         f"onn.hub.to_module(...).save_pretrained keeps them.",
     )
-    dense_layers = [index for index, layer in enumerate(model.layers) if isinstance(layer.mlp, Mlp)]
-    found = dict(zip(names(model), tree.leaves(model), strict=True))
-    check_leaves("export_qwen3_moe", found, abstract(config, moe, dense_layers=dense_layers))
+    meta = [name for name, tensor in found.items() if tensor.is_meta]
+    check.require(not meta, f"export_qwen3_moe: {len(meta)} tensors have no values, such as {', '.join(meta[:3])}.")
     tensors = {name: tensor for name, tensor in found.items() if ".mlp.experts." not in name and ".router." not in name}
     for index, layer in enumerate(model.layers):
         if isinstance(layer.mlp, Moe):

@@ -88,8 +88,10 @@ def surprise(model: nn.Module, batch: Mapping[str, object]) -> ModelSurprise:
 
     Raises:
         ValueError: no such experts; experts that are sharded, offloaded, quantised, normed (`has_post_expert_norm`) or
-            called twice; reentrant gradient checkpointing; a model that returned no scalar loss.
+            called twice; reentrant gradient checkpointing; a model that returned no scalar loss; tokens that are no
+            integers [B, S], or on a CPU ids that the model does not know. What else a model raises passes through.
     """
+    _check_given(model, batch)
     banks = {name: module for name, module in model.named_modules() if is_stock(module)}
     check.require(
         bool(banks),
@@ -111,8 +113,29 @@ def surprise(model: nn.Module, batch: Mapping[str, object]) -> ModelSurprise:
     return ModelSurprise(loss=loss.detach(), layers=layers)
 
 
+def _check_given(model: nn.Module, batch: Mapping[str, object]) -> None:
+    found = f"model {type(model).__name__} and batch {type(batch).__name__}"
+    kinds = isinstance(model, nn.Module) and isinstance(batch, Mapping)
+    check.require(kinds, f"surprise: expected a module and a mapping of its arguments, got {found}.")
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    for name, value in tensors.items():
+        check.require(not value.is_meta, f"surprise: {name} of the batch is on meta: expected values.")
+    ids, labels = (tensors.get(name) for name in ("input_ids", "labels"))
+    if ids is None:
+        return
+    check.shapes("surprise", ("input_ids", ids, "integer B S"))
+    check.require(ids.numel() > 0, f"surprise: input_ids {list(ids.shape)} are none.")
+    if labels is not None and labels.shape == ids.shape:
+        check.holds("surprise", "labels", labels, "integer")
+
+
 def _loss_of(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
-    loss = getattr(model(**batch), "loss", None)
+    try:
+        loss = getattr(model(**batch), "loss", None)
+    except IndexError as error:  # on a CPU, which looks before it reads
+        raise ValueError(
+            f"surprise: an id in the batch ({', '.join(batch)}) is unknown to the model: {error}."
+        ) from error
     if not isinstance(loss, Tensor) or loss.ndim:
         raise ValueError(
             f"surprise: {type(model).__name__} returned no scalar loss for a batch of {', '.join(batch)}; "
