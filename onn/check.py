@@ -23,6 +23,24 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def instance(where: str, name: str, value: object, *kinds: type) -> None:
+    """Raise `ValueError` unless `value` is of one of the kinds."""
+    if not isinstance(value, kinds):
+        listed = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{where}: expected {name} of type {listed}, got {_found(value)}.")
+
+
+def instances(where: str, *expected: tuple[str, object, type]) -> None:
+    """`instance` of every `(name, value, kind)`."""
+    for name, value, kind in expected:
+        instance(where, name, value, kind)
+
+
+def function(where: str, name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` can be called."""
+    require(callable(value), f"{where}: expected a function as {name}, got {type(value).__name__}.")
+
+
 def shapes(where: str, *expected: tuple[str, Tensor, str]) -> dict[str, int]:
     """Check tensors against shapes of named sizes and return the sizes.
 
@@ -30,9 +48,11 @@ def shapes(where: str, *expected: tuple[str, Tensor, str]) -> dict[str, int]:
     of `bool`, `float`, `integer` and `real` before them says what the tensor must hold: `"float T H"`.
 
     Raises:
-        ValueError: a rank or a size differs, where the message lists every tensor's shape; a tensor holds something
-            else; or they are on several devices.
+        ValueError: one is no tensor; a rank or a size differs, where the message lists every tensor's shape; a tensor
+            holds something else; or they are on several devices.
     """
+    for name, tensor, _ in expected:
+        instance(where, name, tensor, Tensor)
     sizes: dict[str, int] = {}
     for name, tensor, dims in expected:
         letters = _letters(dims)
@@ -58,17 +78,35 @@ def _letters(dims: str) -> list[str]:
 
 def holds(where: str, name: str, tensor: Tensor, kind: str) -> None:
     """Raise `ValueError` unless the tensor's dtype is `kind`, as in `shapes`."""
+    instance(where, name, tensor, Tensor)
     allowed = {"bool": (torch.bool,), "float": _FLOATS, "integer": _INTEGERS, "real": _FLOATS + _INTEGERS}
     require(tensor.dtype in allowed[kind], f"{where}: expected {kind} {name}, got {tensor.dtype}.")
 
 
+def counts(where: str, name: str, tensor: Tensor, dims: str) -> Tensor:
+    """A table of numbers >= 0, as `dims` says in the way of `shapes`, in float64 on the CPU.
+
+    Raises:
+        ValueError: another shape, no entry, no values, or values that are negative or not finite, also in their sum.
+    """
+    shapes(where, (name, tensor, f"real {dims}"))
+    require(tensor.numel() > 0, f"{where}: {name} {list(tensor.shape)} is empty.")
+    require(not tensor.is_meta, f"{where}: expected {name} with values, got them on meta.")
+    table = tensor.detach().to("cpu", torch.float64)
+    fits = bool((table >= 0).all()) and bool(table.sum().isfinite())
+    require(fits, f"{where}: {name} must be finite and >= 0.")
+    return table
+
+
 def at_least(where: str, name: str, value: float, least: float) -> None:
     """Raise `ValueError` unless `value >= least`."""
+    _number(where, name, value)
     require(value >= least, f"{where}: expected {name}={shown(value)} >= {least}.")
 
 
 def positive(where: str, name: str, value: float) -> None:
     """Raise `ValueError` unless `0 < value <= LARGEST`."""
+    _number(where, name, value)
     require(0 < value <= LARGEST, f"{where}: expected 0 < {name}={shown(value)} <= {LARGEST:g}.")
 
 
@@ -87,7 +125,7 @@ def broadcast(where: str, **tensors: Tensor) -> None:
     """Raise `ValueError` unless floating tensors have shapes that broadcast, and one device."""
     for name, tensor in tensors.items():
         holds(where, name, tensor, "float")
-    ranks = max((tensor.ndim for tensor in tensors.values()), default=0)
+    ranks = max([tensor.ndim for tensor in tensors.values()], default=0)
     sizes = [{t.shape[-place] for t in tensors.values() if t.ndim >= place} - {1} for place in range(1, ranks + 1)]
     listed = ", ".join(f"{name} {list(tensor.shape)} on {tensor.device}" for name, tensor in tensors.items())
     require(all(len(size) <= 1 for size in sizes), f"{where}: shapes do not broadcast: {listed}.")
@@ -96,7 +134,20 @@ def broadcast(where: str, **tensors: Tensor) -> None:
 
 def between(where: str, name: str, value: float, low: float, high: float) -> None:
     """Raise `ValueError` unless `low <= value <= high`."""
+    _number(where, name, value)
     require(low <= value <= high, f"{where}: expected {low} <= {name}={shown(value)} <= {high}.")
+
+
+def whole(where: str, name: str, value: int, low: int, high: int) -> None:
+    """Raise `ValueError` unless `value` is an integer and `low <= value <= high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{where}: expected {name} as a whole number, got {_found(value)}.")
+    between(where, name, value, low, high)
+
+
+def _number(where: str, name: str, value: object) -> None:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{where}: expected {name} as a number, got {_found(value)}.")
 
 
 def one_of(where: str, name: str, value: str, known: Iterable[str]) -> None:
@@ -109,9 +160,15 @@ def one_of(where: str, name: str, value: str, known: Iterable[str]) -> None:
 
 def nearest(value: str, names: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of `names`, or an empty string."""
-    short = [name for name in names if len(name) <= _LONGEST] if len(value) <= _LONGEST else []
-    close = difflib.get_close_matches(value, short, n=1, cutoff=0.5)
+    comparable = isinstance(value, str) and len(value) <= _LONGEST
+    short = [name for name in names if len(name) <= _LONGEST]
+    close = difflib.get_close_matches(value, short, n=1, cutoff=0.5) if comparable else []
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _found(value: object) -> str:
+    """A tensor by its type alone, since it may be large, or on a device that has to be waited for."""
+    return type(value).__name__ if isinstance(value, Tensor) else f"{type(value).__name__} {shown(value)}"
 
 
 def shown(value: object, *, quoted: bool = True, longest: int = _LONGEST) -> str:

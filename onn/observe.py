@@ -18,7 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize, is_color_like
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
@@ -35,12 +35,16 @@ Record: TypeAlias = "Mapping[str, Json]"
 """The numbers of one training step by name: a line of `metrics.jsonl`."""
 
 DPI = 120
+_LATEST_STEP = 2**62
+_STYLES = ("-", "--", "-.", ":")
 BINS = 50
 """Longer curves are drawn as this many means, with a band from the lowest to the highest step."""
 
 
 def encode(value: Json, *, indent: int | None) -> str:
-    """Strict JSON text: keys in their order, NaN and the infinities as null."""
+    """Strict JSON text: keys in their order, NaN and the infinities as null; what JSON does not hold is refused."""
+    if indent is not None:
+        check.whole("encode", "indent", indent, 0, 80)
     return json.dumps(_finite(value), allow_nan=False, indent=indent)
 
 
@@ -48,9 +52,12 @@ def _finite(value: Json) -> Json:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
+        for key in value:
+            check.instance("encode", "every key in value", key, str)
         return {key: _finite(child) for key, child in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, list | tuple):
         return [_finite(child) for child in value]
+    check.instance("encode", "what value holds", value, str, int, type(None))
     return value
 
 
@@ -60,6 +67,7 @@ def decode(text: str) -> Json:
     def refuse(constant: str) -> Json:
         raise ValueError(f"{constant} is not JSON")
 
+    check.instance("decode", "text", text, str)
     try:
         value: Json = json.loads(text, parse_constant=refuse)
     except RecursionError as error:
@@ -72,10 +80,12 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         """Open `path` to append to it."""
+        check.instance("MetricsWriter", "path", path, Path)
         self._file = path.open("a", buffering=1, encoding="utf-8", newline="\n")
 
     def write(self, record: Record) -> None:
         """Append one line; a record that is not JSON raises and leaves the file as it was."""
+        check.instance("MetricsWriter.write", "record", record, Mapping)
         self._file.write(encode(record, indent=None) + "\n")
 
     def __enter__(self) -> Self:
@@ -95,6 +105,7 @@ def read_jsonl(path: Path) -> list[dict[str, Json]]:
     Raises:
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
+    check.instance("read_jsonl", "path", path, Path)
     records = []
     for position, line in enumerate(read_text(path).split("\n")[:-1], start=1):
         try:
@@ -109,6 +120,7 @@ def read_jsonl(path: Path) -> list[dict[str, Json]]:
 
 def write_json(path: Path, value: Json) -> None:
     """Write indented strict JSON; `path` holds the old content or the whole new one, never a part."""
+    check.instance("write_json", "path", path, Path)
     text = encode(value, indent=2) + "\n"
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -117,6 +129,7 @@ def write_json(path: Path, value: Json) -> None:
 
 def number(record: Record, key: str) -> float | None:
     """A finite number of a record, or None where it is missing, null, not a number, or one that no float holds."""
+    check.instances("number", ("record", record, Mapping), ("key", key, str))
     value = record.get(key)
     try:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -132,10 +145,7 @@ def mutual_information(counts: Tensor) -> float:
     Symmetric, unchanged by a permutation of rows or columns; 0 for independent labels and for a table of zeros; at most
     `log(min(R, C))`. This plug-in estimate is too large by about `(R - 1) (C - 1) / (2 N)` for N independent draws.
     """
-    check.shapes("mutual_information", ("counts", counts, "real R C"))
-    check.require(not counts.is_meta, "mutual_information: expected counts with values, got them on meta.")
-    table = counts.detach().to("cpu", torch.float64)
-    check.require(bool(((table >= 0) & table.isfinite()).all()), "mutual_information: counts must be finite and >= 0.")
+    table = check.counts("mutual_information", "counts", counts, "R C")
     total = table.sum()
     if total == 0:
         return 0.0
@@ -180,6 +190,7 @@ def curves(records: Sequence[Record], path: Path) -> None:
     The phase `dense` comes first; the others begin together where it ends (the carve), whatever their steps count from.
     Null and NaN are left out; a quantity that no record holds leaves a panel that says so.
     """
+    check.instance("curves", "path", path, Path)
     placed, carve = timeline(records)
     figure = Figure(figsize=(9.5, 12.5), layout="constrained")
     grid = figure.add_gridspec(5, 2, height_ratios=(1.3, 1, 1, 1, 1))
@@ -193,11 +204,14 @@ def curves(records: Sequence[Record], path: Path) -> None:
 
 def timeline(records: Sequence[Record]) -> tuple[Timeline, float | None]:
     """The records of each phase with their place on the common axis of steps, and the place of the carve."""
+    check.instance("curves", "records", records, list, tuple)
     phases: dict[str, list[tuple[float, Record]]] = {}
     for position, record in enumerate(records):
+        check.instance("curves", f"record {position}", record, Mapping)
         step, phase = number(record, "step"), record.get("phase")
-        if step is None or not isinstance(phase, str):
-            raise ValueError(f"curves: record {position} lacks a number 'step' or a text 'phase': {dict(record)!r}.")
+        if step is None or not 0 <= step <= _LATEST_STEP or not isinstance(phase, str):
+            found = check.shown(record)
+            raise ValueError(f"curves: record {position} lacks a number 'step' >= 0 or a text 'phase': {found}.")
         phases.setdefault(phase, []).append((step, record))
     dense = phases.pop("dense", [])
     firsts = [entries[0][0] for entries in phases.values()]
@@ -210,6 +224,8 @@ def timeline(records: Sequence[Record]) -> tuple[Timeline, float | None]:
 
 def draw_panel(axes: Axes, panel: Panel, placed: Timeline, carve: float | None) -> bool:
     """Draw one panel; False when there was nothing to draw."""
+    check.instances("draw_panel", ("axes", axes, Axes), ("panel", panel, Panel), ("placed", placed, Mapping))
+    check.between("draw_panel", "carve", 0 if carve is None else carve, -1, _LATEST_STEP)
     axes.set_title(panel.title, loc="left", fontsize=11)
     axes.set(xlabel="step", ylabel=panel.ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -253,8 +269,15 @@ def _phase_style(phase: str) -> tuple[str, str, str]:
 def plot_means(
     axes: Axes, entries: Sequence[tuple[float, Record]], key: str, name: str, colour: str, style: str
 ) -> Sequence[float]:
-    """Plot the finite values under `key` as a line of means in a band of extremes; return them."""
-    points = [(step, value) for step, record in entries if (value := number(record, key)) is not None]
+    """Plot the values under `key` that float32 holds as a line of means in a band of extremes; return them."""
+    check.instance("plot_means", "axes", axes, Axes)
+    check.instance("plot_means", "entries", entries, list, tuple)
+    pairs = all(isinstance(entry, tuple) and len(entry) == 2 for entry in entries)
+    check.require(pairs, "plot_means: expected entries as pairs of a step and a record.")
+    check.require(is_color_like(colour), f"plot_means: colour={check.shown(colour)} is none.")
+    check.one_of("plot_means", "style", style, _STYLES)
+    found = [(step, number(record, key)) for step, record in entries]
+    points = [(step, value) for step, value in found if value is not None and abs(value) <= check.LARGEST]
     size = max(1, -(-len(points) // BINS))
     bins = [points[start : start + size] for start in range(0, len(points), size)]
     if bins:
@@ -270,6 +293,7 @@ def plot_means(
 
 def expert_by_domain(usage: Tensor, domains: Sequence[str], path: Path) -> None:
     """Write `usage_figure` as a PNG."""
+    check.instance("expert_by_domain", "path", path, Path)
     _save(usage_figure(usage, domains), path)
 
 
@@ -280,11 +304,11 @@ def usage_figure(usage: Tensor, domains: Sequence[str]) -> Figure:
     `share` is the expert's part of the pairs of its domain. The experts of a layer stand in the order of the domain
     they favour; the title gives the mutual information of expert and domain. Hatched: never active on that domain.
     """
-    sizes = check.shapes("expert_by_domain", ("usage", usage, "real L D E"))
-    L, D, E = sizes["L"], sizes["D"], sizes["E"]
-    check.require(usage.numel() > 0, f"expert_by_domain: usage {list(usage.shape)} is empty.")
-    check.require(len(domains) == D, f"expert_by_domain: expected {D} names of domains, got {list(domains)}.")
-    counts = usage.detach().to("cpu", torch.float64)
+    counts = check.counts("expert_by_domain", "usage", usage, "L D E")
+    L, D, E = counts.shape
+    check.instance("expert_by_domain", "domains", domains, list, tuple)
+    named = len(domains) == D and all(isinstance(name, str) for name in domains)
+    check.require(named, f"expert_by_domain: expected {D} names of domains, got {check.shown(list(domains))}.")
     share = counts / counts.sum(2, keepdim=True).clamp(min=1)
     favour = share / share.sum(1, keepdim=True).clamp(min=1e-12)
     order = (favour.argmax(1) - favour.amax(1) / 2 + D * (counts.sum(1) == 0)).argsort(dim=1, stable=True)
@@ -292,7 +316,7 @@ def usage_figure(usage: Tensor, domains: Sequence[str]) -> Figure:
 
     wide = 1 if L == 1 else 2 if L <= 8 else 4
     tall = -(-L // wide)
-    figure = Figure(figsize=(11, 2 + tall * (0.5 + 0.17 * D)), layout="constrained")
+    figure = Figure(figsize=(11, _height("expert_by_domain", 2 + tall * (0.5 + 0.17 * D))), layout="constrained")
     for layer in range(L):
         axes = figure.add_subplot(tall, wide, layer + 1)
         image = _heat(axes, ratio[layer], Normalize(-3, 3), "PuOr_r")
@@ -317,11 +341,12 @@ def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
     `per_layer` divides by the mean of the layer: early layers are surprised most, and the differences within a layer
     would hardly show.
     """
-    sizes = check.shapes("surprise_map", ("surprise", surprise, "float L E"))
-    check.require(surprise.numel() > 0, f"surprise_map: surprise {list(surprise.shape)} is empty.")
-    values = surprise.detach().to("cpu", torch.float64)
-    values = values.where(values.isfinite(), torch.nan)
-    figure = Figure(figsize=(10, 2 + 0.22 * sizes["L"]), layout="constrained")
+    check.holds("surprise_map", "surprise", surprise, "float")
+    check.instances("surprise_map", ("path", path, Path), ("per_layer", per_layer, bool))
+    seen = surprise.isfinite()
+    values = check.counts("surprise_map", "surprise", torch.where(seen, surprise.double(), 0), "L E")
+    values = values.where(seen.cpu(), torch.nan)
+    figure = Figure(figsize=(10, _height("surprise_map", 2 + 0.22 * len(values))), layout="constrained")
     axes = figure.add_subplot()
     if per_layer:
         ratio = (values / values.nanmean(1, keepdim=True)).log2()
@@ -342,6 +367,8 @@ def surprise_map(surprise: Tensor, path: Path, *, per_layer: bool) -> None:
 
 def hatched(axes: Axes, colours: str) -> Colormap:
     """A colour map that lets a hatched ground show through where values are NaN."""
+    check.instance("hatched", "axes", axes, Axes)
+    check.one_of("hatched", "colours", colours, matplotlib.colormaps)
     axes.patch.set(facecolor="0.9", edgecolor="0.6", hatch="//////", linewidth=0)
     return matplotlib.colormaps[colours].with_extremes(bad=(1, 1, 1, 0))
 
@@ -353,8 +380,15 @@ def _heat(axes: Axes, values: Tensor, norm: Normalize, colours: str) -> AxesImag
 
 def ratio_bar(figure: Figure, image: ScalarMappable, label: str) -> None:
     """A colour bar for logarithms to base 2 from -3 to 3, labelled with the ratios themselves."""
+    check.instances("ratio_bar", ("figure", figure, Figure), ("image", image, ScalarMappable), ("label", label, str))
+    check.require(bool(figure.axes), "ratio_bar: expected a figure with axes, got one without.")
     bar = figure.colorbar(image, ax=figure.axes, extend="both", extendfrac=0.02, label=label, aspect=40)
     bar.set_ticks([-3, -2, -1, 0, 1, 2, 3], labels=["1/8", "1/4", "1/2", "1", "2", "4", "8"])
+
+
+def _height(where: str, inches: float) -> float:
+    check.require(inches * DPI < 2**16, f"{where}: too many rows for a picture, {inches:.0f} inches.")
+    return inches
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from onn.region import Kind, Region
+from onn import check
+from onn.region import Kind, Region, check_part
 from onn.tree import Engine, Flat
 
 P = ParamSpec("P")
@@ -40,7 +41,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        value, *others = call.run(inputs)
+        value, *others = _results(call.run, inputs)
         return (value, *map(Tensor.detach, others))
 
     @staticmethod
@@ -98,6 +99,13 @@ def _gradients(call: _Call, needed: tuple[bool, ...], dy: Tensor, inputs: tuple[
     return torch.autograd.grad(value, varied, dy, allow_unused=True, materialize_grads=True)
 
 
+def _results(run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    found = run(inputs)
+    check.require(len(found) > 0, "recomputed: expected a tensor in the function's result, got a tree without one.")
+    check.holds("recomputed", "first tensor of the function's result", found[0], "float")
+    return found
+
+
 def recomputed(function: Callable[P, R], *, engine: Engine) -> Callable[P, R]:
     """The same function, of which the backward pass keeps the inputs alone and runs it again.
 
@@ -110,12 +118,18 @@ def recomputed(function: Callable[P, R], *, engine: Engine) -> Callable[P, R]:
         A function with the same numbers. Every gradient is that of `function`, bit for bit, and so is what taps among
         its inputs measure. Differentiable once. Inside a function that is compiled as one graph nothing is run again,
         since a compiler undoes it: what it keeps there is its own choice, as for `function`.
+
+    Raises:
+        ValueError: no function, or an unknown engine; when called, arguments or a result that are no trees of tensors,
+            or a result whose first tensor is none that can be differentiated.
     """
+    check.function("recomputed", "function", function)
+    check.one_of("recomputed", "engine", engine, get_args(Engine))
 
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         call = Flat(function, *args, **kwargs)
         if torch.compiler.is_compiling():
-            value, *others = call(call.inputs)
+            value, *others = _results(call, call.inputs)
             return call.result([value, *map(Tensor.detach, others)])
         return call.result(_Recomputed.apply(_Call(run=call, engine=engine), *call.inputs))
 
@@ -123,9 +137,16 @@ def recomputed(function: Callable[P, R], *, engine: Engine) -> Callable[P, R]:
 
 
 def recomputing_layers(region: Region, *, engine: Engine) -> Region:
-    """Carry out parts as `region` does, and keep of every layer its inputs alone."""
+    """Carry out parts as `region` does, and keep of every layer its inputs alone.
+
+    Raises:
+        ValueError: no region, or an unknown engine; when called, no function, or an unknown kind.
+    """
+    check.function("recomputing_layers", "region", region)
+    check.one_of("recomputing_layers", "engine", engine, get_args(Engine))
 
     def recomputing(function: Callable[P, R], *, kind: Kind) -> Callable[P, R]:
+        check_part("recomputing_layers", function, kind=kind)
         own = region(function, kind=kind)
         return recomputed(own, engine=engine) if kind == "layer" else own
 

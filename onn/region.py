@@ -6,7 +6,9 @@ Purity makes it safe: whatever stands in the place of a pure function gives the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, ParamSpec, Protocol, TypeVar
+from typing import Literal, ParamSpec, Protocol, TypeVar, get_args
+
+from onn import check
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -14,6 +16,8 @@ R = TypeVar("R")
 Kind = Literal["layer", "loss", "figures", "lesson", "update"]
 """What a part is of a training step: one transformer layer, the head with the losses, the figures of a carved layer,
 what its router is taught, the optimizer on one leaf. All but the last meet the same shapes again and again."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Region(Protocol):
@@ -25,5 +29,16 @@ class Region(Protocol):
 
 
 def inline(function: Callable[P, R], *, kind: Kind) -> Callable[P, R]:
-    """The function itself: a part is not set apart."""
+    """The function itself: a part is not set apart.
+
+    Raises:
+        ValueError: no function, or an unknown kind.
+    """
+    check_part("inline", function, kind=kind)
     return function
+
+
+def check_part(where: str, function: Callable[P, R], *, kind: Kind) -> None:
+    """Raise `ValueError` unless this is a function and a kind of part."""
+    check.function(where, "function", function)
+    check.one_of(where, "kind", kind, KINDS)

@@ -37,7 +37,7 @@ class OptimConfig:
         """Refuse decays that leave nothing, or grow."""
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             check.require(0 <= beta < 1, f"OptimConfig: expected 0 <= {name}={beta!r} < 1.")
-        for name, value in (("eps", self.eps), ("weight_decay", self.weight_decay)):
+        for name, value in (("lr", self.lr), ("eps", self.eps), ("weight_decay", self.weight_decay)):
             check.weight("OptimConfig", name, value)
         check.between("OptimConfig", "warmup", self.warmup, 0, MOST_STEPS)
         check.between("OptimConfig", "floor", self.floor, 0, 1)

@@ -20,7 +20,9 @@ from tests.support import normal
 
 SIZES: Mapping[str, int] = {"T": 4, "H": 5, "E": 10, "I": 3, "M": 30, "N": 7, "V": 11, "C": 2}
 KINDS = ("bool", "float", "integer", "real")
-DTYPES = (torch.bool, torch.int64, torch.bfloat16, torch.float32, torch.float64, torch.complex64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+DTYPES = (torch.bool, torch.int64, *FLOATS, torch.complex64, torch.float8_e4m3fn)
 NUMBERS = (math.nan, math.inf, -math.inf, -1.0, 0.0, 1e308)
 COUNTS = (-1, 0, 10**6, 2**62)
 
@@ -78,16 +80,15 @@ def sizes(spec: Spec, given: Tensors) -> dict[str, int] | None:
 
 
 def holds(dims: str, dtype: torch.dtype) -> bool:
-    floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     match kind(dims):
         case "bool":
             return dtype == torch.bool
         case "float":
-            return dtype in floats
+            return dtype in FLOATS
         case "integer":
-            return dtype not in (*floats, torch.bool, torch.complex64)
+            return dtype in INTEGERS
         case "real":
-            return dtype not in (torch.bool, torch.complex64)
+            return dtype in (*FLOATS, *INTEGERS)
     return True
 
 

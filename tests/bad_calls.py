@@ -1,12 +1,17 @@
-"""Every wrong call that `tests.bad_arguments` knows of one function, and what came of each."""
+"""Every wrong call that `tests.bad_arguments` knows of one function, every argument of another kind, and what came of
+each.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
+from typing import Literal, Protocol, get_origin, get_type_hints
 
 import pytest
+import torch
+from torch import Tensor
 
 from tests.bad_arguments import COUNTS, NUMBERS, Spec, Wrong, arguments, assert_handled, changes
 
@@ -52,3 +57,59 @@ def refused(call: Callable[[], object], *words: str) -> None:
     assert type(caught.value) is ValueError, caught.value
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+_LEAF = torch.ones(2, 3)
+KINDS: tuple[object, ...] = (
+    None,
+    2,
+    2.5,
+    True,
+    "2",
+    1j,
+    _LEAF,
+    [_LEAF],
+    (_LEAF, _LEAF, _LEAF),
+    {"a": _LEAF},
+    len,
+    10**400,
+)
+"""One of each; of every argument those that it is not."""
+
+
+class Anything(Protocol):
+    """A function that is given what it does not take."""
+
+    def __call__(self, **arguments: object) -> object: ...
+
+
+def fits(hint: object, value: object) -> bool:
+    """Whether the hint allows the value, as far as its kind goes."""
+    if hint is float:
+        return isinstance(value, int | float) and abs(value) < 10**300
+    if hint is int:
+        return type(value) is int and value < 10**300
+    if hint is Tensor or hint is bool:
+        return isinstance(value, hint)
+    if isinstance(hint, type):
+        return False
+    text, origin = str(hint), get_origin(hint)
+    if origin is Literal:
+        return False
+    return (
+        (isinstance(value, Tensor) and "Tensor |" in text)
+        or (isinstance(value, dict) and "Mapping" in text and origin is not tuple)
+        or (callable(value) and "Callable" in text)
+        or (value is None and "None" in text)
+    )
+
+
+def wrong_kinds(
+    function: FunctionType, given: Mapping[str, object]
+) -> Iterator[tuple[str, object, Mapping[str, object]]]:
+    """Valid arguments with one of another kind than its hint says: its name, what it is now, and all of them."""
+    hints = get_type_hints(function)
+    for argument in given:
+        for value in KINDS:
+            if not fits(hints[argument], value):
+                yield argument, value, {**given, argument: value}

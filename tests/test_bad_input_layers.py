@@ -83,7 +83,7 @@ LAYERS: dict[str, Spec] = {
     ),
     "layer_forward, carved": Spec(
         lambda t, n: layer(t, Moe(experts(t), router(t)), {"surprise": t["tap"]}),
-        {**NORMS, **ATTENTION, **POSITIONS, **BANK, **ROUTER, **X, "tap": "14 E"},
+        {**NORMS, **ATTENTION, **POSITIONS, **BANK, **ROUTER, **X, "tap": "float 14 E"},
         ("C N H", "14 H", "14 E", "14 E", "14 E", "14 E"),
     ),
     "layer_forward, dense": Spec(
@@ -92,7 +92,7 @@ LAYERS: dict[str, Spec] = {
         ("C N H",),
     ),
     "moe_forward": Spec(
-        lambda t, n: tapped(t), {**BANK, **ROUTER, **X_TH, "tap": "T E"}, ("T H", "T E", "T E", "T E", "T E")
+        lambda t, n: tapped(t), {**BANK, **ROUTER, **X_TH, "tap": "float T E"}, ("T H", "T E", "T E", "T E", "T E")
     ),
     "readout": Spec(
         lambda t, n: qwen3.readout(t["norm"], t["head"], t["x"], config=CONFIG),

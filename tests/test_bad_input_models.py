@@ -45,7 +45,7 @@ def routed(t: Tensors, config: MoeConfig) -> Tree:
     return affinity, routing
 
 
-TAPS = {"surprise": "T E", "neuron": "E I"}
+TAPS = {"surprise": "float T E", "neuron": "float E I"}
 SPECS: dict[str, Spec] = {
     "bank, dense": Spec(
         lambda t, n: banked(t, dict(n), backend="dense"), {**BANK, **X, **W, **TAPS}, ("T H",), {"min_k": 2}

@@ -32,6 +32,9 @@ from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dt
 Backend = Literal["auto", "dense", "grouped", "loop"]
 TapName = Literal["surprise", "counterfactual", "neuron"]
 Select = Callable[[Tensor, Tensor], Tensor]
+_MOST_TOKENS = 2**31
+"""Of a batch; more are a mistake that no machine has memory for."""
+_MOST_ENTRIES = 2**62
 
 
 class BankGrads(NamedTuple):
@@ -47,16 +50,18 @@ class BankGrads(NamedTuple):
 
 
 def _sizes(where: str, experts: Experts, x: Tensor, weights: Tensor) -> dict[str, int]:
-    return check.shapes(where, *_matrices(experts), ("x", x, "float T H"), ("weights", weights, "float T E"))
+    return check.shapes(where, *_matrices(where, experts), ("x", x, "float T H"), ("weights", weights, "float T E"))
 
 
-def _matrices(experts: Experts) -> list[tuple[str, Tensor, str]]:
+def _matrices(where: str, experts: Experts) -> list[tuple[str, Tensor, str]]:
+    check.instance(where, "experts", experts, Experts)
     return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
 
 
 def _check_backward(where: str, experts: Experts, residuals: Residuals, dy: Tensor) -> None:
+    check.instance(where, "residuals", residuals, Residuals)
     rows = [(name, part, "float T E I") for name, part in zip(Residuals._fields, residuals, strict=True)]
-    check.shapes(where, *_matrices(experts), *rows, ("dy", dy, "float T H"))
+    check.shapes(where, *_matrices(where, experts), *rows, ("dy", dy, "float T H"))
     check.one_dtype(where, **experts._asdict(), **residuals._asdict(), dy=dy)
 
 
@@ -119,7 +124,7 @@ def bank_vjp(
         nothing else; the gradients of `x` and `weights` are those without a selection.
 
     Raises:
-        ValueError: shapes or dtypes differ.
+        ValueError: shapes or dtypes differ, also of what is selected.
     """
     _sizes("bank_vjp", experts, x, weights)
     _check_backward("bank_vjp", experts, residuals, dy)
@@ -132,7 +137,9 @@ def bank_vjp(
     if select is None:
         learnt = expert_gradient(d1, d3, a, x, dy)
     else:
+        check.function("bank_vjp", "select", select)
         keep = select(surprise, weights != 0)
+        check.shapes("bank_vjp", ("what select keeps", keep, "bool T E"), ("weights", weights, "float T E"))
         learnt = Experts(*(_kept_gradient(rows, source, keep) for rows, source in ((d1, x), (d3, x), (a, dy))))
     return BankGrads(experts=learnt, x=dx, weights=d_weights, surprise=surprise)
 
@@ -267,8 +274,14 @@ def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> d
 
     Returns:
         One tensor for each name, float32 (float64 for float64 experts).
+
+    Raises:
+        ValueError: an unknown name, tokens that no batch has, or experts that are no bank.
     """
-    E, I, _ = experts.gate.shape
+    check.instance("zero_taps", "names", names, tuple)
+    check.whole("zero_taps", "tokens", tokens, 0, _MOST_TOKENS)
+    sizes = check.shapes("zero_taps", *_matrices("zero_taps", experts))
+    E, I = sizes["E"], sizes["I"]
     shapes: dict[str, tuple[int, int]] = {"surprise": (tokens, E), "counterfactual": (tokens, E), "neuron": (E, I)}
     for name in names:
         check.one_of("zero_taps", "name", name, get_args(TapName))
@@ -317,19 +330,23 @@ def bank(
         choose needs `dense`.
 
     Raises:
-        ValueError: shapes or dtypes differ, `min_k` out of range, an unknown tap or backend, or the counterfactual
-            tap with `grouped`, `loop` or a tiling, which do not compute inactive experts.
+        ValueError: shapes or dtypes differ, a tap is not floating, `min_k` out of range, an unknown tap or backend, or
+            the counterfactual tap with `grouped`, `loop` or a tiling, which do not compute inactive experts.
     """
     sizes = _sizes("bank", experts, x, weights)
-    check.between("bank", "min_k", min_k, 1, sizes["E"])
-    if not isinstance(backend, Tiling):
+    check.whole("bank", "min_k", min_k, 1, sizes["E"])
+    if isinstance(backend, Tiling):
+        check.whole("bank", "backend.entries", backend.entries, 0, _MOST_ENTRIES)
+        check.at_least("bank", "backend.whole_from", backend.whole_from, 0)
+    else:
         check.one_of("bank", "backend", backend, get_args(Backend))
     dtypes = {t.dtype for t in (*experts, x, weights)}
     check.require(len(dtypes) == 1, f"bank: experts, x and weights differ in dtype: {sorted(map(str, dtypes))}.")
+    check.instance("bank", "tap", tap, Tensor, Mapping)
     taps: Mapping[str, Tensor] = {"surprise": tap} if isinstance(tap, Tensor) else tap
     for name, value in taps.items():
         check.one_of("bank", "tap", name, get_args(TapName))
-        dims, against = ("E I", experts.gate[..., 0]) if name == "neuron" else ("T E", weights)
+        dims, against = ("float E I", experts.gate[..., 0]) if name == "neuron" else ("float T E", weights)
         check.shapes("bank", (f"tap {name}", value, dims), ("its reference", against, dims))
     tiling = _tiling(backend, experts, tokens=sizes["T"], taps=taps)
     plan = _Plan(min_k=min_k, taps=tuple(taps), tiling=tiling, active_only=backend != "dense")

@@ -18,8 +18,8 @@ def token_entropy(logits: Tensor) -> Tensor:
     Returns:
         [...] in [0, log V], float32 (float64 for float64 inputs). A probability of 0 (logit -inf) adds nothing.
     """
-    check.require(logits.ndim > 0, "token_entropy: expected logits [..., V], got a scalar.")
     check.holds("token_entropy", "logits", logits, "float")
+    check.require(logits.ndim > 0, "token_entropy: expected logits [..., V], got a scalar.")
     log_p = torch.log_softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     p = log_p.exp()
     possible = p != 0

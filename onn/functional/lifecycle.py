@@ -34,8 +34,10 @@ class Heirs(NamedTuple):
     """[E] bool: the reborn and their donors."""
 
 
-def _layer(experts: Experts, router: Router) -> list[tuple[str, Tensor, str]]:
+def _layer(where: str, experts: Experts, router: Router) -> list[tuple[str, Tensor, str]]:
     """What `check.shapes` needs to know of a carved layer."""
+    check.instance(where, "experts", experts, Experts)
+    check.instance(where, "router", router, Router)
     matrices = [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
     return [*matrices, ("prototypes", router.prototypes, "float E H"), ("thresholds", router.thresholds, "float E")]
 
@@ -49,6 +51,7 @@ def usage(routing: Routing) -> Usage:
     Returns:
         Counts [E] each.
     """
+    check.instance("usage", "routing", routing, Routing)
     check.shapes("usage", ("scores", routing.scores, "float T E"), ("active", routing.active, "bool T E"))
     return Usage(routed=(routing.scores > 0).sum(dim=0), active=routing.active.sum(dim=0))
 
@@ -93,9 +96,10 @@ def rebirth(
     Returns:
         New experts and router, in their dtypes; experts outside the plan are bit-identical.
     """
+    check.instance("rebirth", "plan", plan, Heirs)
     check.shapes(
         "rebirth",
-        *_layer(experts, router),
+        *_layer("rebirth", experts, router),
         ("noise", noise, "float E H"),
         ("donor", plan.donor, "integer E"),
         ("reborn", plan.reborn, "bool E"),
@@ -126,6 +130,8 @@ def forget_reborn(state: Tensor, plan: Heirs) -> Tensor:
     Returns:
         [E, ...].
     """
+    check.instance("forget_reborn", "state", state, Tensor)
+    check.instance("forget_reborn", "plan", plan, Heirs)
     check.shapes("forget_reborn", ("reborn", plan.reborn, "bool E"))
     check.require(
         state.shape[:1] == plan.reborn.shape,
@@ -161,9 +167,10 @@ def grow(
     References:
         The adaptive tuning of DynMoE (Guo et al., 2405.14297).
     """
+    check.instance("grow", "noise", noise, Experts)
     check.shapes(
         "grow",
-        *_layer(experts, router),
+        *_layer("grow", experts, router),
         ("x", x, "float T H"),
         ("unrouted", unrouted, "bool T"),
         *((f"noise.{name}", part, "float 1 I H") for name, part in zip(Experts._fields, noise, strict=True)),
@@ -193,7 +200,7 @@ def prune(experts: Experts, router: Router, lifetime: Tensor, *, keep: int) -> t
     Returns:
         Experts and router of `keep`; ties go to the lowest index.
     """
-    sizes = check.shapes("prune", *_layer(experts, router), ("lifetime", lifetime, "real E"))
-    check.between("prune", "keep", keep, 1, sizes["E"])
+    sizes = check.shapes("prune", *_layer("prune", experts, router), ("lifetime", lifetime, "real E"))
+    check.whole("prune", "keep", keep, 1, sizes["E"])
     stays = torch.sort(torch.sort(lifetime, descending=True, stable=True).indices[:keep]).values
     return Experts(*(w.index_select(0, stays) for w in experts)), Router(*(r.index_select(0, stays) for r in router))

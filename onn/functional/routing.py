@@ -48,9 +48,9 @@ def first_k(keys: Tensor, *, k: int) -> Tensor:
     Returns:
         bool, the shape of `keys`.
     """
-    check.require(keys.ndim > 0, "first_k: expected keys [..., E], got a scalar.")
     check.holds("first_k", "keys", keys, "real")
-    check.at_least("first_k", "k", k, 0)
+    check.require(keys.ndim > 0, "first_k: expected keys [..., E], got a scalar.")
+    check.whole("first_k", "k", k, 0, 2**62)
     order = torch.sort(keys.detach(), dim=-1, stable=True).indices
     chosen = torch.arange(keys.shape[-1], device=keys.device).expand_as(order) < k
     return torch.zeros_like(chosen).scatter(-1, order, chosen)
@@ -82,7 +82,7 @@ def threshold_route(
     sizes = check.shapes("threshold_route", ("affinity", affinity, "float T E"), ("thresholds", thresholds, "float E"))
     check.one_of("threshold_route", "squash", squash, get_args(Squash))
     check.one_of("threshold_route", "combine", combine, get_args(Combine))
-    check.between("threshold_route", "fallback_k", fallback_k, 1, sizes["E"])
+    check.whole("threshold_route", "fallback_k", fallback_k, 1, sizes["E"])
     squashed = torch.sigmoid(affinity) if squash == "sigmoid" else affinity
     margin = squashed - torch.sigmoid(thresholds.to(affinity.dtype))
     passed = margin > 0
@@ -155,7 +155,8 @@ def top_k_route(logits: Tensor, *, k: int, normalise: bool) -> Routing:
         which transformers uses, promises no order).
     """
     sizes = check.shapes("top_k_route", ("logits", logits, "float T E"))
-    check.between("top_k_route", "k", k, 1, sizes["E"])
+    check.whole("top_k_route", "k", k, 1, sizes["E"])
+    check.instance("top_k_route", "normalise", normalise, bool)
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     return _route_by_rank(logits, probabilities, probabilities, k=k, normalise=normalise)
 
@@ -176,7 +177,8 @@ def biased_top_k_route(logits: Tensor, bias: Tensor, *, k: int, normalise: bool)
         Wang et al., 2408.15664; the router of DeepSeek-V3.
     """
     sizes = check.shapes("biased_top_k_route", ("logits", logits, "float T E"), ("bias", bias, "float E"))
-    check.between("biased_top_k_route", "k", k, 1, sizes["E"])
+    check.whole("biased_top_k_route", "k", k, 1, sizes["E"])
+    check.instance("biased_top_k_route", "normalise", normalise, bool)
     gates = torch.sigmoid(logits.to(reduction_dtype(logits.dtype)))
     return _route_by_rank(logits, gates + bias.to(gates.dtype), gates, k=k, normalise=normalise)
 
@@ -213,7 +215,9 @@ def top_p_route(logits: Tensor, *, p: float, normalise: bool) -> Routing:
         Huang et al., 2403.07652.
     """
     check.shapes("top_p_route", ("logits", logits, "float T E"))
-    check.require(0 < p <= 1, f"top_p_route: expected 0 < p={p!r} <= 1.")
+    check.positive("top_p_route", "p", p)
+    check.between("top_p_route", "p", p, 0, 1)
+    check.instance("top_p_route", "normalise", normalise, bool)
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     ranked, order = torch.sort(probabilities.detach(), dim=-1, descending=True, stable=True)
     needed = ranked.cumsum(dim=-1) - ranked < p
@@ -277,7 +281,7 @@ def expert_choice_route(logits: Tensor, *, capacity: int) -> Routing:
         Zhou et al., 2202.09368.
     """
     sizes = check.shapes("expert_choice_route", ("logits", logits, "float T E"))
-    check.between("expert_choice_route", "capacity", capacity, 1, sizes["T"])
+    check.whole("expert_choice_route", "capacity", capacity, 1, sizes["T"])
     probabilities = torch.softmax(logits, dim=-1, dtype=reduction_dtype(logits.dtype))
     active = first_k(-probabilities.mT, k=capacity).mT
     return Routing(scores=logits, active=active, weights=torch.where(active, probabilities, 0).to(logits.dtype))

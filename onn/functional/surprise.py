@@ -22,12 +22,14 @@ from onn.functional.types import Experts, Local, reduction_dtype
 Form = Literal["root", "bounded"]
 
 
-def _parts(local: Local) -> list[tuple[str, Tensor, str]]:
+def _parts(where: str, local: Local) -> list[tuple[str, Tensor, str]]:
     """What `check.shapes` needs to know of them."""
+    check.instance(where, "local", local, Local)
     return [(name, part, "float T E I") for name, part in zip(Local._fields, local, strict=True)]
 
 
-def _matrices(experts: Experts) -> list[tuple[str, Tensor, str]]:
+def _matrices(where: str, name: str, experts: Experts) -> list[tuple[str, Tensor, str]]:
+    check.instance(where, name, experts, Experts)
     return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
 
 
@@ -46,7 +48,12 @@ def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
         [T, E], float32 (float64 for float64 inputs). The norms square their entries in it: in float32 exact to rounding
         for gradients of size 1e-18 to 1e18, 0 or infinite far outside, never NaN for finite inputs.
     """
-    check.shapes("counterfactual_surprise", *_parts(local), ("x", x, "float T H"), ("dy", dy, "float T H"))
+    check.shapes(
+        "counterfactual_surprise",
+        *_parts("counterfactual_surprise", local),
+        ("x", x, "float T H"),
+        ("dy", dy, "float T H"),
+    )
     inner, outer = unit_norms(local)
     x_norm, dy_norm = (vector_norm(v, dim=-1, keepdim=True, dtype=reduction_dtype(v.dtype)) for v in (x, dy))
     return torch.hypot(inner * x_norm, outer * dy_norm)
@@ -66,7 +73,12 @@ def parameter_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> 
     Returns:
         [T, E], 0 where the weight is 0; float32 (float64 for float64 inputs).
     """
-    check.shapes("parameter_surprise", ("weights", weights, "float T E"), *_parts(local), ("x", x, "float T H"))
+    check.shapes(
+        "parameter_surprise",
+        ("weights", weights, "float T E"),
+        *_parts("parameter_surprise", local),
+        ("x", x, "float T H"),
+    )
     return weight_surprise(counterfactual_surprise(local, x, dy), weights)
 
 
@@ -126,7 +138,12 @@ def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
     Returns:
         [T, E]. A baseline for studies: it materialises [T, E, H].
     """
-    check.shapes("input_surprise", ("weights", weights, "float T E"), *_parts(local), *_matrices(experts))
+    check.shapes(
+        "input_surprise",
+        ("weights", weights, "float T E"),
+        *_parts("input_surprise", local),
+        *_matrices("input_surprise", "experts", experts),
+    )
     check.one_dtype("input_surprise", c1=local.c1, c3=local.c3, gate=experts.gate, up=experts.up)
     to_input = torch.einsum("tei,eih->teh", local.c1, experts.gate) + torch.einsum("tei,eih->teh", local.c3, experts.up)
     unit: Tensor = vector_norm(to_input, dim=-1, dtype=reduction_dtype(to_input.dtype))
@@ -153,7 +170,7 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
     """
     check.shapes(
         "neuron_surprise",
-        *_parts(local),
+        *_parts("neuron_surprise", local),
         ("x", x, "float T H"),
         ("weights", weights, "float T E"),
         ("dy", dy, "float T H"),
@@ -186,7 +203,7 @@ def min_k_indices(surprise: Tensor, active: Tensor, *, min_k: int) -> tuple[Tens
         Expert indices [T, min_k] from the least surprise up, and bool [T, min_k]: which slots are filled.
     """
     sizes = check.shapes("min_k_mask", ("surprise", surprise, "float T E"), ("active", active, "bool T E"))
-    check.between("min_k_mask", "min_k", min_k, 1, sizes["E"])
+    check.whole("min_k_mask", "min_k", min_k, 1, sizes["E"])
     return _least(surprise, active, k=min_k)
 
 
@@ -202,7 +219,8 @@ def min_k_mask(surprise: Tensor, active: Tensor, *, min_k: int) -> Tensor:
         bool [T, E], a subset of `active`. With at most `min_k` active, all of them. Ties go to the lowest index. NaN
         and Inf count as +inf: they are kept last, and only where too few finite ones are active.
     """
-    return torch.zeros_like(active).scatter(-1, *min_k_indices(surprise, active, min_k=min_k))
+    kept = min_k_indices(surprise, active, min_k=min_k)
+    return torch.zeros_like(active).scatter(-1, *kept)
 
 
 def max_k_mask(surprise: Tensor, active: Tensor, *, max_k: int) -> Tensor:
@@ -217,7 +235,7 @@ def max_k_mask(surprise: Tensor, active: Tensor, *, max_k: int) -> Tensor:
         bool [T, E], a subset of `active`; entries that are not finite are kept last.
     """
     sizes = check.shapes("max_k_mask", ("surprise", surprise, "float T E"), ("active", active, "bool T E"))
-    check.between("max_k_mask", "max_k", max_k, 1, sizes["E"])
+    check.whole("max_k_mask", "max_k", max_k, 1, sizes["E"])
     keys = torch.where(torch.isfinite(surprise), -surprise, torch.inf)
     return torch.zeros_like(active).scatter(-1, *_least(keys, active, k=max_k))
 
@@ -234,7 +252,7 @@ def random_k_mask(noise: Tensor, active: Tensor, *, random_k: int) -> Tensor:
         bool [T, E], a subset of `active`.
     """
     sizes = check.shapes("random_k_mask", ("noise", noise, "float T E"), ("active", active, "bool T E"))
-    check.between("random_k_mask", "random_k", random_k, 1, sizes["E"])
+    check.whole("random_k_mask", "random_k", random_k, 1, sizes["E"])
     return min_k_mask(noise, active, min_k=random_k)
 
 
@@ -261,7 +279,7 @@ def expert_norms(grads: Experts) -> Tensor:
     Returns:
         [E], float32 (float64 for float64 inputs).
     """
-    check.shapes("expert_norms", *_matrices(grads))
+    check.shapes("expert_norms", *_matrices("expert_norms", "grads", grads))
     norms = [vector_norm(g, dim=(-2, -1), dtype=reduction_dtype(g.dtype)) for g in grads]
     return torch.hypot(torch.hypot(norms[0], norms[1]), norms[2])
 
@@ -298,8 +316,13 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     References:
         Adagrad (Duchi et al., 2011); online EWC (Schwarz et al., 1805.06370).
     """
+    check.instance("consolidate", "importance", importance, Tensor)
     by_expert = importance.ndim == 1
-    check.shapes("consolidate", *_matrices(grads), ("importance", importance, "float E" if by_expert else "float E I"))
+    check.shapes(
+        "consolidate",
+        *_matrices("consolidate", "grads", grads),
+        ("importance", importance, "float E" if by_expert else "float E I"),
+    )
     check.one_of("consolidate", "form", form, get_args(Form))
     check.weight("consolidate", "strength", strength)
     check.positive("consolidate", "eps", eps)

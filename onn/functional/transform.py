@@ -7,7 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from onn import tree
+from onn import check, tree
 from onn.tree import Tree
 
 Params = TypeVar("Params", bound=Tree)
@@ -43,7 +43,14 @@ def surprise_and_grad(
     Guarantee:
         The surprise of a bank is the norm of the gradient that each token position would give an untied copy of the
         expert's weights, with everything between the bank and the loss taken into account.
+
+    Raises:
+        ValueError: see `tree.value_and_grad`; or taps are no mapping for each bank.
     """
+    check.function("surprise_and_grad", "loss", loss)
+    check.instance("surprise_and_grad", "taps", taps, tuple)
+    for bank in taps:
+        check.instance("surprise_and_grad", "each of taps", bank, Mapping)
 
     def inner(differentiated: tuple[Params, Taps], batch: Batch) -> tuple[Tensor, Aux]:
         params, zeros = differentiated

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from onn import check
+
 
 class Experts(NamedTuple):
     """A bank of SwiGLU experts; the same memory serves dense and grouped computation."""
@@ -72,5 +74,11 @@ class Wanted(NamedTuple):
 
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms, softmax, loss and PI: float64 for float64, float32 for everything narrower."""
-    return torch.promote_types(dtype, torch.float32)
+    """The dtype of norms, softmax, loss and PI: float64 for float64, float32 for everything narrower.
+
+    Raises:
+        ValueError: no dtype.
+    """
+    check.instance("reduction_dtype", "dtype", dtype, torch.dtype)
+    tiny = dtype.is_floating_point and dtype.itemsize == 1  # torch promotes none of these
+    return torch.float32 if tiny else torch.promote_types(dtype, torch.float32)

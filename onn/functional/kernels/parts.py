@@ -33,7 +33,7 @@ IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
 
 def default_tiling(*, width: int) -> Tiling:
     """What was fastest there for experts of this width I."""
-    return IN_CACHE._replace(whole_from=0.4 if width <= 32 else 0.75)
+    return Tiling(entries=IN_CACHE.entries, whole_from=0.4 if width <= 32 else 0.75)
 
 
 class Pairs(NamedTuple):
