@@ -25,7 +25,7 @@ from experiments.study.records import Key
 from experiments.study.runs import LANES
 from experiments.study.state import Lane, Plasticity, init_state
 from experiments.study.step import step
-from experiments.study.tasks import SCHEDULES, digits
+from experiments.study.tasks import SCHEDULES, Bank, digits
 from onn import tree
 
 TOGETHER = f"{LANES} at once, compiled"
@@ -49,7 +49,7 @@ def variants(*, arm: str, optimizer: str) -> dict[str, Run]:
     ]
     kind, draws = needs(jobs[0]), noise.generator(0)
     tokens = SCHEDULES["digits-rotated"].tokens
-    tasks = [digits(seed, turned=True) for seed in range(LANES)]
+    tasks = [digits(seed, turned=True, bank=Bank(experts=32, width=8)) for seed in range(LANES)]
     batches = [
         Examples(one.inputs[0, :tokens], one.residual[0, :tokens], one.labels[0, :tokens].contiguous()) for one in tasks
     ]

@@ -3,8 +3,10 @@
 `uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
 families of digits, half an hour on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer: rates
 and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its controls along
-the whole grid of rates. A study that was stopped goes on in its folder. Expected: `report.html` with verdicts, tables
-and figures, `results.json` with every run; `experiments/LOG.md` has the figures of the last one.
+the whole grid of rates. A study that was stopped goes on in its folder. `--regime everything` trains features and
+read-out too, `--experts` and `--width` set the size of the bank, `--explore` changes one number of surprise
+consolidation at a time: verdicts hold for the regime and the bank that were run. Expected: `report.html` with verdicts,
+tables and figures, `results.json` with every run; `experiments/LOG.md` has the figures of the last one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import tyro
 
@@ -40,28 +43,43 @@ from experiments.study.report import write_report
 from experiments.study.runs import carry_out, chunks
 from experiments.study.specialisation import specialisations
 from experiments.study.statistics import scores
-from experiments.study.tasks import SCHEDULES, Family, Tasks, digits
+from experiments.study.tasks import SCHEDULES, Bank, Family, Tasks, digits
 from experiments.study.text import text, trunk
 from onn import check, storage
+from onn.architecture import MAX_EXPERT_SIZE, MIN_EXPERTS
+from onn.config import read_text
 from onn.observe import Json, decode, encode
 
 TUNING_SEEDS = (1000, 1001, 1002)
 LOOKED_AT = 5
 """Seeds whose experts are looked at one by one."""
+NAMED = 5
+"""Differences between two studies that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What to study."""
+    """What to study.
+
+    With another number of experts these stay the same: the tasks, the order of their examples, the share of the experts
+    that a token has active (a quarter, unless an arm says otherwise), and how many of these learn (2 under smk-2: of 10
+    experts 2 are active, so that nothing is left out). For text another dense model is trained, as wide as the bank.
+    """
 
     family: tuple[Family, ...] = ("digits-permuted", "digits-rotated")
     regime: Regime = "experts"
     """Whether experts and router hold all plasticity after the first task, or everything is trained."""
+    experts: int = 32
+    """Of the bank, at least 10."""
+    width: int = 8
+    """Neurons of each expert, at most 96."""
     seeds: int = 20
     arms: tuple[str, ...] = ()
     """Names of arms; all where none is given."""
     explore: bool = False
-    """Variations of surprise consolidation as well."""
+    """Variations of surprise consolidation as well, of densities those of at least one expert; for a folder, settled
+    when it is begun.
+    """
     out: Path | None = None
     """Folder; an unfinished study in it goes on. A new one under `runs/` where none is given."""
 
@@ -176,30 +194,36 @@ class Study:
 
 
 def run(options: Options) -> Path:
-    """Carry out a study, and return its page."""
-    arms = chosen_arms(options.arms)
+    """Carry out a study, and return its page.
+
+    Raises:
+        ValueError: an unknown arm, a bank out of bounds, or a folder of another study.
+    """
+    arms, bank = chosen_arms(options.arms), bank_of(options)
+    explored = explorations(bank) if options.explore else {}
     folder = options.out or Path("runs") / f"forgetting-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Json] = {
         "family": list(options.family),
         "regime": options.regime,
+        **bank._asdict(),
         "seeds": options.seeds,
         "tuning_seeds": list(TUNING_SEEDS),
         "schedules": {family: SCHEDULES[family]._asdict() for family in options.family},
+        "rates": {optimizer: list(rates(optimizer)) for optimizer in get_args(Optimizer)},
+        "arms": {name: arm.told() for name, arm in {**arms, **explored}.items()},
     }
     _require_same(folder / "settings.json", settings)
     known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
     began = time.monotonic()
     for family in options.family:
-        study = Study(
-            options=options, family=family, folder=folder, tasks=tasks_of(family, options.seeds), runs=dict(known)
-        )
+        tasks = tasks_of(family, options.seeds, bank)
+        study = Study(options=options, family=family, folder=folder, tasks=tasks, runs=dict(known))
         study.tune(arms)
         study.evaluate(arms, "evaluation")
         study.trace(arms)
-        if options.explore:
-            study.tune(EXPLORATIONS)
-            study.evaluate(EXPLORATIONS, "exploration")
+        study.tune(explored)
+        study.evaluate(explored, "exploration")
         known |= study.runs
     looked_at = {one.key: one for one in store.load_specialisations(folder / store.SPECIALISATIONS)}
     results = store.Results(
@@ -224,22 +248,64 @@ def chosen_arms(names: Sequence[str]) -> Mapping[str, Arm]:
     return {name: arm for name, arm in ARMS.items() if name in wanted}
 
 
-def tasks_of(family: Family, seeds: int) -> Mapping[int, Tasks]:
+def bank_of(options: Options) -> Bank:
+    """The size of the bank.
+
+    Raises:
+        ValueError: it is none of very many, very small experts.
+    """
+    check.at_least("forgetting", "experts", options.experts, MIN_EXPERTS)
+    check.between("forgetting", "width", options.width, 1, MAX_EXPERT_SIZE)
+    return Bank(options.experts, options.width)
+
+
+def explorations(bank: Bank) -> Mapping[str, Arm]:
+    """Those under which a token has at least one active expert of this bank."""
+    return {name: arm for name, arm in EXPLORATIONS.items() if arm.active * bank.experts >= 1}
+
+
+def tasks_of(family: Family, seeds: int, bank: Bank) -> Mapping[int, Tasks]:
     """Of the seeds of tuning and of evaluation."""
     wanted = (*TUNING_SEEDS, *range(seeds))
     if family == "text":
-        shared = trunk()
+        shared = trunk(bank)
         return {seed: text(shared, seed) for seed in wanted}
-    return {seed: digits(seed, turned=family == "digits-rotated") for seed in wanted}
+    return {seed: digits(seed, turned=family == "digits-rotated", bank=bank) for seed in wanted}
 
 
 def _require_same(path: Path, settings: Mapping[str, Json]) -> None:
     """A folder holds one study."""
+    text = encode(settings, indent=2)
     if not path.exists():
-        storage.write_text(path, encode(settings, indent=2))
+        storage.write_text(path, text)
         return
-    before = decode(path.read_text(encoding="utf-8"))
-    check.require(before == settings, f"{path.parent} holds another study: {path} differs from what is asked for.")
+    try:
+        before = decode(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    check.require(
+        isinstance(before, Mapping) and "arms" in before,
+        f"{path.parent} holds a study of an earlier version: {path} lacks the table of its arms.",
+    )
+    found = list(_differences(before, decode(text), ""))
+    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
+    check.require(not found, f"{path.parent} holds another study, by {path}: {'; '.join(found[:NAMED])}{more}.")
+
+
+def _differences(before: Json, asked: Json, name: str) -> Iterator[str]:
+    """In words, the first of each mapping first."""
+    if isinstance(before, Mapping) and isinstance(asked, Mapping):
+        for key in dict.fromkeys((*before, *asked)):
+            place = f"{name}.{key}" if name else key
+            if key not in asked:
+                yield f"{place} is not asked for"
+            elif key not in before:
+                yield f"{place} is new"
+            else:
+                yield from _differences(before[key], asked[key], place)
+    elif before != asked:
+        was, now = (check.shown(encode(value, indent=None), quoted=False) for value in (before, asked))
+        yield f"{name} was {was}, {now} is asked for"
 
 
 def main(options: Options) -> int:

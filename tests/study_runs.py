@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from experiments.study.records import Key, Run, Series, Specialisation, Stage
+from experiments.study.records import Key, Run, Series, Specialisation, Stage, Symbols, Vocabulary
 from experiments.study.statistics import Vector
 
 Table = tuple[tuple[float, ...], ...]
@@ -30,10 +30,18 @@ EFFECTS: Mapping[str, float] = MappingProxyType(
 """What an arm adds to the score of every task that was left behind."""
 
 
-def key(seed: int = 0, *, arm: str = "all", optimizer: str = "sgd", lr: float = 0.1, family: str = "digits") -> Key:
+def key(
+    seed: int = 0,
+    *,
+    arm: str = "all",
+    optimizer: str = "sgd",
+    lr: float = 0.1,
+    family: str = "digits",
+    regime: str = "experts",
+) -> Key:
     return Key(
         family=family,
-        regime="experts",
+        regime=regime,
         arm=arm,
         optimizer="own" if arm.startswith("root") else optimizer,
         lr=lr,
@@ -102,4 +110,17 @@ def specialisation(what: Key, *, tasks: int = 4, experts: int = 16) -> Specialis
         ablation=rows(source.normal(0.01, 0.02, size=(experts, tasks))),
         saturation=tuple(np.linspace(0.4, 1.0, tasks + 1).tolist()),
         coactivation=0.3,
+        vocabulary=(vocabulary("input", experts), vocabulary("target", experts)),
+    )
+
+
+def vocabulary(symbols: Symbols, experts: int) -> Vocabulary:
+    chance = np.linspace(0.25, 0.3, experts)
+    above = np.where(np.arange(experts) == 5, 0.4, 0.1)
+    return Vocabulary(
+        symbols,
+        mean=float((chance + above).mean()),
+        experts=tuple((chance + above).tolist()),
+        chance=tuple(chance.tolist()),
+        permuted=tuple(np.linspace(0.27, 0.28, 50).tolist()),
     )

@@ -47,11 +47,12 @@ def made(
     stage: Stage = "evaluation",
     lr: float = 0.1,
     family: str = "digits-permuted",
+    regime: str = "experts",
     series: Mapping[Series, tuple[float, ...]] | None = None,
 ) -> Run:
     """Two tasks; LA and BWT are those given, ACC is `learning + transfer / 2`."""
     table = ((0.1, 0.1), (learning, 0.1), (learning + transfer, learning))
-    key = Key(family=family, regime="experts", arm=arm, optimizer=optimizer, lr=lr, strength=0.0, seed=seed)
+    key = Key(family=family, regime=regime, arm=arm, optimizer=optimizer, lr=lr, strength=0.0, seed=seed)
     return Run(key, stage, table, table, 0.1, 0.125, dict(series or {}))
 
 
@@ -144,19 +145,30 @@ def test_planted_differences_are_found_and_judged() -> None:
     assert "PI" in missing
 
 
-def test_holm_covers_all_contrasts_of_a_family_and_no_other_family() -> None:
-    alone, _ = contrasts.findings(study())
+def moved(runs: Sequence[Run], family: str, regime: str) -> list[Run]:
+    return [run._replace(key=run.key._replace(family=family, regime=regime)) for run in runs]
+
+
+@pytest.mark.parametrize("place", [("text", "experts"), ("digits-permuted", "everything")])
+def test_holm_covers_all_contrasts_of_a_family_and_regime_and_of_no_other(place: tuple[str, str]) -> None:
+    alone, not_run = contrasts.findings(study())
     assert [finding.p_holm for finding in alone] == statistics.holm([finding.p for finding in alone])
-    both, _ = contrasts.findings([*study(family="text"), *study()])
-    assert [finding for finding in both if finding.family == "digits-permuted"] == alone
-    assert [finding._replace(family="digits-permuted") for finding in both if finding.family == "text"] == alone
+    both, neither = contrasts.findings([*moved(study(), *place), *study()])
+    own = [finding for finding in both if (finding.family, finding.regime) == place]
+    assert [finding for finding in both if finding not in own] == alone
+    assert [finding._replace(family="digits-permuted", regime="experts") for finding in own] == alone
+    assert sorted(neither) == sorted([*not_run, *(f"{', '.join(place)}:{why.split(':', 1)[1]}" for why in not_run)])
 
 
 def test_findings_do_not_depend_on_the_order_of_the_runs_or_on_other_regimes() -> None:
     runs = study()
-    mixed = [*runs, *(run._replace(key=run.key._replace(regime="everything")) for run in study({"all": 0.1}))]
+    swap = {"smk-2": "random-2", "random-2": "smk-2"}
+    other = moved(study({"all": 0.1, "root-neuron": 0.9}), "digits-permuted", "everything")
+    other = [run._replace(key=run.key._replace(arm=swap.get(run.key.arm, run.key.arm))) for run in other]
+    mixed = [*runs, *other]
     random.Random(0).shuffle(mixed)
-    assert contrasts.findings(mixed) == contrasts.findings(runs)
+    expected = [contrasts.findings(alone) for alone in (other, runs)]
+    assert contrasts.findings(mixed) == tuple(first + second for first, second in zip(*expected, strict=True))
 
 
 def test_swapped_arms_swap_the_verdict() -> None:

@@ -87,6 +87,57 @@ def test_experts_that_belong_to_tasks_stand_out_from_the_permutations() -> None:
     assert measures.information(measures.usage(unrelated, task, tasks=4)) < null.max()
 
 
+@st.composite
+def symbols(draw: st.DrawFn) -> tuple[Served, list[int]]:
+    case = draw(served())
+    T = len(case.task)
+    return case, draw(st.lists(st.sampled_from([-3, 0, 5, 6, 2**40]), min_size=T, max_size=T))
+
+
+@given(symbols())
+def test_vocabulary_is_the_mean_over_the_tokens_served_of_the_share_of_their_symbol(
+    found: tuple[Served, list[int]],
+) -> None:
+    case, symbol = found
+    got = measures.vocabulary(case.active, torch.tensor(symbol))
+    assert (got.dtype, got.shape) == (torch.float64, (case.active.shape[1],))
+    for share, column in zip(got.tolist(), case.active.mT.tolist(), strict=True):
+        served = [x for x, is_active in zip(symbol, column, strict=True) if is_active]
+        if not served:
+            assert math.isnan(share)
+            continue
+        expected = [served.count(x) / symbol.count(x) for x in served]
+        assert share == pytest.approx(sum(expected) / len(served), abs=BOUND)
+        assert len(served) / len(symbol) - BOUND <= share <= 1 + BOUND
+
+
+@given(symbols(), st.integers(0, 2**16))
+def test_vocabulary_knows_no_order_of_tokens_and_no_names_of_symbols(
+    found: tuple[Served, list[int]], seed: int
+) -> None:
+    case, symbol = found
+    order = orders(seed, P=1, T=len(symbol))[0]
+    names = torch.tensor([-x for x in symbol])
+    expected = measures.vocabulary(case.active, torch.tensor(symbol))
+    assert_close(measures.vocabulary(case.active[order], names[order]), expected, bound=BOUND)
+
+
+@given(served(), st.integers(1, 4))
+def test_vocabulary_of_experts_blind_to_symbols_is_their_share_of_the_tokens(case: Served, kinds: int) -> None:
+    T = len(case.task)
+    found = measures.vocabulary(case.active.repeat(kinds, 1), torch.arange(kinds).repeat_interleave(T))
+    share = case.active.double().mean(dim=0)
+    assert_close(found, torch.where(share > 0, share, torch.nan), bound=BOUND)
+
+
+def test_vocabulary_of_experts_that_divide_the_symbols_is_whole_whatever_their_load() -> None:
+    symbol = torch.tensor([0] * 50 + [1] * 5 + [2] * 20 + [3])
+    divided = torch.eye(4, dtype=torch.bool)[symbol]
+    assert measures.vocabulary(divided, symbol).tolist() == [1, 1, 1, 1]
+    permuted = measures.vocabulary(divided, symbol[orders(0, P=1, T=len(symbol))[0]])
+    assert permuted[1] < 0.5 < permuted[0] < 0.8
+
+
 @given(served(), st.integers(0, 2**16))
 def test_saturation_is_the_mean_share_of_the_final_set(case: Served, seed: int) -> None:
     after, before = case.active, case.active[:, orders(seed, P=1, T=case.active.shape[1])[0]]
@@ -191,6 +242,8 @@ def test_wrong_arguments_are_named() -> None:
         measures.usage(active, task[:3], tasks=3)
     with pytest.raises(ValueError, match="permutation_information: expected order from 0 to 3, got 1 to 4"):
         measures.permutation_information(active, task, order=torch.arange(1, 5)[None])
+    with pytest.raises(ValueError, match="vocabulary: shape of symbol"):
+        measures.vocabulary(active, task[:3])
     with pytest.raises(ValueError, match="saturation: expected bool before"):
         measures.saturation(active.float(), active)
     with pytest.raises(ValueError, match="coactivation: expected experts=1 >= 2"):

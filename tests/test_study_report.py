@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -12,11 +12,14 @@ from typing import get_args
 import pytest
 
 from experiments.page_blocks import Bullets, Details, Table, Text
-from experiments.study import figures, report
+from experiments.study import contrasts, figures, report
+from experiments.study.arms import Regime
 from experiments.study.contrasts import Verdict, findings
 from experiments.study.groups import Setup, baseline, chosen, difference, grouped, interval, on_edge
 from experiments.study.records import Run
-from experiments.study.report import pieces, plus_minus, signed, write_report
+from experiments.study.report import pieces, write_report
+from experiments.study.setting import REGIMES
+from experiments.study.shown import NO_BREAK, among, p_text, plus_minus, signed
 from experiments.study.statistics import Interval, scores
 from experiments.study.store import Results
 from tests.study_runs import full_study, key, run, specialisation
@@ -51,12 +54,28 @@ class Page(HTMLParser):
 
 def results(runs: Sequence[Run], *, specialised: bool = True) -> Results:
     found = [specialisation(key(0, arm=arm)) for arm in ("all", "smk-2")] if specialised else []
-    return Results({"threads": 1}, {"digits": {"steps": 400}}, runs, found)
+    return Results({"threads": 1}, {"digits": {"steps": 400}, "arms": {"all": {"learners": 3}}}, runs, found)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws() -> Iterator[None]:
+    """Of the bootstrap, whose figures are tested by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contrasts, "DRAWS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
 def full() -> Results:
     return results(full_study())
+
+
+Parts = Mapping[str, Sequence[object]]
+
+
+@pytest.fixture(scope="module")
+def parts(full: Results) -> Parts:
+    return pieces(full)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +85,12 @@ def folder(full: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tables(parts: Results, heading: str) -> list[Table]:
-    return [part for part in pieces(parts)[heading] if isinstance(part, Table)]
+def tables(parts: Parts, heading: str) -> list[Table]:
+    return [part for part in parts[heading] if isinstance(part, Table)]
 
 
-def texts(parts: Results) -> str:
-    return "\n".join(part.text for found in pieces(parts).values() for part in found if isinstance(part, Text))
+def texts(parts: Parts) -> str:
+    return "\n".join(part.text for found in parts.values() for part in found if isinstance(part, Text))
 
 
 def test_a_full_study_tells_every_part_and_needs_no_other_file(folder: Path) -> None:
@@ -93,33 +112,30 @@ def test_a_full_study_tells_every_part_and_needs_no_other_file(folder: Path) -> 
         assert part in words
 
 
-def test_the_markdown_links_pictures_that_are_there_and_holds_the_same_tables(folder: Path, full: Results) -> None:
+def test_the_markdown_links_pictures_that_are_there_and_holds_the_same_tables(folder: Path, parts: Parts) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert len(linked) == 8
     assert {*linked, "report.md", "report.html"} == {path.name for path in folder.iterdir()}
-    for row in tables(full, "Results: digits, experts")[0].rows:
+    for row in tables(parts, "Results: digits, experts")[0].rows:
         assert f"| {row[0]} | {row[1]} |" in text
 
 
-def test_the_same_results_give_the_same_files(tmp_path: Path) -> None:
-    some = results([run(key(seed)) for seed in (0, 1)])
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_report(tmp_path / name, some)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+def test_the_same_results_give_the_same_files(folder: Path, full: Results, tmp_path: Path) -> None:
+    write_report(tmp_path, full)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-def test_every_verdict_stands_in_the_table_and_what_was_not_run_is_told(full: Results) -> None:
+def test_every_verdict_stands_in_the_table_and_what_was_not_run_is_told(full: Results, parts: Parts) -> None:
     found, not_run = findings(full.runs)
     assert found
     assert not_run
-    (table,) = tables(full, "The question, and the verdicts")
+    table, _ = tables(parts, "The question, and the verdicts")
     assert [row[0] for row in table.rows] == [one.claim for one in found]
     assert [row[2] for row in table.rows] == [report.VERDICTS[one.verdict] for one in found]
     assert [row[-1] for row in table.rows] == [one.falsifier for one in found]
-    bullets = [part for part in pieces(full)["What was run"] if isinstance(part, Bullets)]
+    bullets = [part for part in parts["What was run"] if isinstance(part, Bullets)]
     assert [list(part.items) for part in bullets] == [not_run]
 
 
@@ -127,10 +143,46 @@ def test_every_verdict_has_its_words() -> None:
     assert set(report.VERDICTS) == set(get_args(Verdict))
 
 
-def test_the_table_is_sorted_by_accuracy_and_holds_the_means_of_the_seeds(full: Results) -> None:
-    (table,) = tables(full, "Results: digits, experts")
+def test_the_report_says_which_regime_its_verdicts_hold_for() -> None:
+    arms = ("smk-2", "frozen-experts", "output-2")
+    runs = [run(key(seed, arm=arm, regime="everything")) for seed in range(3) for arm in arms]
+    some = pieces(results(runs, specialised=False))
+    both = texts(pieces(results([*runs, *(run(key(seed, arm=arm)) for seed in range(3) for arm in arms[:2])])))
+    told = dict(re.findall(r"^Of (\d) claims in regime `(\w+)`: .*They hold for this regime alone\.$", both, re.M))
+    assert told == {"3": "everything", "2": "experts"}
+    verdicts, within = tables(some, "The question, and the verdicts")
+    assert {row[1] for row in verdicts.rows} == {"digits, everything, sgd", "digits, everything, all runs"}
+    assert within.rows[0][0] == "digits, everything"
+    assert "Results: digits, everything" in some
+    assert REGIMES["everything"] in texts(some)
+    assert REGIMES["experts"] not in texts(some)
+
+
+def test_every_regime_is_explained() -> None:
+    assert set(REGIMES) == set(get_args(Regime))
+
+
+def test_the_bank_is_told_and_an_arm_that_selects_nothing_of_it_is_warned_of() -> None:
+    arms = ("all", "smk-1", "smk-2", "smk-2-surprise-route", "random-2", "smk-4", "root-neuron, with smk-2")
+    runs = [run(key(seed, arm=arm)) for seed in range(2) for arm in arms]
+    idle = {10: ["smk-2", "random-2", "smk-4", "root-neuron, with smk-2"], 11: ["smk-4"], 18: ["smk-4"], 19: []}
+    for experts, names in idle.items():
+        some = texts(pieces(Results({}, {"experts": experts, "width": 4}, runs, [])))
+        active = round(experts / 4)
+        assert f"Experts of the bank: {experts}; neurons of each: 4;" in some
+        assert f"says otherwise: {active}." in some
+        warned = re.findall(r"nothing is left out\*\* by (.*?): a token", some)
+        assert sorted(name for found in warned for name in found.split("; ")) == sorted(names)
+    for settings in ({}, {"experts": "32", "width": None}):
+        some = texts(pieces(Results({}, settings, runs, [])))
+        assert "Experts of the bank" not in some
+        assert "nothing is left out" not in some
+
+
+def test_the_table_is_sorted_by_accuracy_and_holds_the_means_of_the_seeds(full: Results, parts: Parts) -> None:
+    (table,) = tables(parts, "Results: digits, experts")
     column = list(table.header).index("ACC")
-    means = [float(row[column].split(report.NO_BREAK)[0]) for row in table.rows]
+    means = [float(row[column].split(NO_BREAK)[0]) for row in table.rows]
     assert means == sorted(means, reverse=True)
     own = [r for r in full.runs if r.key[2:4] == ("replay", "adamw") and r.stage == "evaluation"]
     expected = sum(scores(r.scores).accuracy for r in own) / len(own)
@@ -151,12 +203,20 @@ def test_differences_are_paired_by_seed_whatever_the_order_and_over_common_seeds
 def test_a_rate_on_the_edge_of_its_grid_is_warned_of_and_one_within_is_not() -> None:
     tuning = [run(key(100, arm=arm, lr=lr), stage="tuning") for arm in ("all", "smk-2") for lr in (0.01, 0.1, 1.0)]
     evaluated = [run(key(seed, lr=1.0)) for seed in range(2)] + [run(key(seed, arm="smk-2")) for seed in range(2)]
-    some = results([*tuning, *evaluated])
+    some = pieces(results([*tuning, *evaluated]))
     warning = next(line for line in texts(some).split("\n") if "edge of its grid" in line)
     assert "all, sgd (rate 1)" in warning
     assert "smk-2" not in warning
     rates = {row[0]: row[1] for row in tables(some, "Results: digits, experts")[0].rows}
     assert rates == {"all, sgd": "1, edge", "smk-2, sgd": "0.1"}
+
+
+@pytest.mark.parametrize(("grid", "is_warned"), [((0.1, 1.0, 10.0), False), ((1.0, 10.0, 100.0), True)])
+def test_a_strength_is_warned_of_on_the_edge_of_its_grid_alone(grid: Sequence[float], is_warned: bool) -> None:
+    points = [(lr, strength) for lr in (0.01, 0.1, 1.0) for strength in grid]
+    tuning = [run(key(100, arm="ewc", lr=lr)._replace(strength=strength), stage="tuning") for lr, strength in points]
+    some = texts(pieces(results([*tuning, *(run(key(seed, arm="ewc")) for seed in range(2))])))
+    assert ("edge of its grid" in some) == ("ewc, sgd (strength 1)" in some) == is_warned
 
 
 @pytest.mark.parametrize(
@@ -180,7 +240,7 @@ def lost(one: Run) -> Run:
 
 def test_seeds_without_a_finite_score_are_told_and_never_lead_the_table() -> None:
     best = [run(key(seed, arm="replay")) for seed in range(3)]
-    some = results([*best[:2], lost(best[2]), *(run(key(seed)) for seed in range(3))])
+    some = pieces(results([*best[:2], lost(best[2]), *(run(key(seed)) for seed in range(3))]))
     (table,) = tables(some, "Results: digits, experts")
     assert [row[0] for row in table.rows] == ["all, sgd", "replay, sgd"]
     assert table.rows[1][list(table.header).index("seeds")] == "2 of 3"
@@ -217,8 +277,8 @@ def test_sparse_results_have_a_report_too(what: str, tmp_path: Path) -> None:
     assert "limits" in words
 
 
-def test_seeds_that_do_not_pair_are_said_to_forbid_the_verdicts(tmp_path: Path) -> None:
-    some = results(SPARSE["unpaired seeds"])
+def test_seeds_that_do_not_pair_are_said_to_forbid_the_verdicts() -> None:
+    some = pieces(results(SPARSE["unpaired seeds"]))
     assert "No claim was tested" in texts(some)
     assert "same seeds" in texts(some)
 
@@ -234,7 +294,7 @@ def test_unusual_specialisations_are_drawn(tmp_path: Path) -> None:
 
 def test_the_p_of_information_counts_itself_among_the_permutations() -> None:
     one = specialisation(key())._replace(information=0.5, permuted=(0.1, 0.5, 0.6))
-    (table,) = tables(Results({}, {}, [], [one]), "Who serves which task: digits, experts")
+    table, *_ = tables(pieces(Results({}, {}, [], [one])), "Who serves which task: digits, experts")
     assert table.rows[0][list(table.header).index("p")] == "0.750"
 
 
@@ -284,13 +344,13 @@ def test_a_run_that_comes_twice_counts_once() -> None:
 
 
 def test_numbers_are_written_as_far_as_they_are_known() -> None:
-    gap = report.NO_BREAK
+    gap = NO_BREAK
     assert plus_minus(Interval(0.5, 0.4, 0.6, 3)) == f"0.500{gap}±{gap}0.100"
     assert plus_minus(Interval(0.5, math.nan, math.nan, 1)) == "0.500"
     assert plus_minus(Interval(math.nan, math.nan, math.nan, 0)) == "-"
     assert signed(Interval(0.5, -0.25, 1.25, 3)) == f"+0.500 [-0.250,{gap}+1.250]"
     assert signed(Interval(-0.5, math.nan, math.nan, 1)) == "-0.500"
-    assert (report.p_text(math.nan), report.p_text(0.0004), report.p_text(0.04)) == ("-", f"<{gap}0.001", "0.040")
+    assert (p_text(math.nan), p_text(0.0004), p_text(0.04)) == ("-", f"<{gap}0.001", "0.040")
 
 
 def test_an_arm_that_is_its_own_optimizer_needs_no_second_name() -> None:
@@ -298,8 +358,43 @@ def test_an_arm_that_is_its_own_optimizer_needs_no_second_name() -> None:
     assert figures.name(specialisation(key(arm="smk-2"))) == "smk-2, sgd"
 
 
-def test_details_hold_every_setting_and_fact(full: Results) -> None:
-    opened = [part for part in pieces(full)["What was run"] if isinstance(part, Details)]
+def test_details_hold_every_setting_but_the_arms_and_every_fact(parts: Parts) -> None:
+    opened = [part for part in parts["What was run"] if isinstance(part, Details)]
     told = [row for part in opened for piece in part.pieces if isinstance(piece, Table) for row in piece.rows]
     assert ("`digits.steps`", "400") in told
     assert ("`threads`", "1") in told
+    assert not any("learners" in row[0] for row in told)
+
+
+def test_vocabularies_stand_beside_chance_and_the_expert_farthest_from_its_own_is_named() -> None:
+    plain = specialisation(key())
+    (read, following) = plain.vocabulary
+    nothing = following._replace(experts=(math.nan,) * 16, chance=(math.nan,) * 16, mean=math.nan, permuted=())
+    other = specialisation(key(1))._replace(vocabulary=(nothing._replace(symbols="class"),))
+    old = specialisation(key(2))._replace(vocabulary=())
+    found = [plain._replace(vocabulary=(read._replace(mean=0.275), following)), other, old]
+    _, table = tables(pieces(Results({}, {}, [], found)), "Who serves which task: digits, experts")
+    assert list(table.header[2::4]) == [f"vocabulary, by {kind}" for kind in ("input", "target", "class")]
+    reached = 1 + sum(value >= 0.275 for value in read.permuted)
+    chance = read.chance[5]
+    farthest = f"{chance + 0.4:.3f} ({chance:.3f})"
+    assert list(table.rows[0][:6]) == ["all, sgd", "0", "0.275", "0.275", f"{reached / 51:.3f}", farthest]
+    assert list(table.rows[0][6:10]) == [f"{following.mean:.3f}", "0.275", "0.020", farthest]
+    assert list(table.rows[1][2:]) == ["-"] * 12
+    assert list(table.rows[2][2:]) == ["-"] * 12
+    (alone,) = tables(pieces(Results({}, {}, [], [old])), "Who serves which task: digits, experts")
+    assert "vocabulary" not in " ".join(alone.header)
+
+
+def test_the_correlation_of_pi_within_arms_stands_beside_the_pooled_one(full: Results, parts: Parts) -> None:
+    _, table = tables(parts, "The question, and the verdicts")
+    (pooled,) = [one.interval for one in findings(full.runs)[0] if one.claim == contrasts.PREDICTION.claim]
+    within = contrasts.within_arms(full.runs, ("digits", "experts"))
+    assert table.rows == [("digits, experts", signed(pooled), signed(within))]
+    assert pooled != within
+
+
+def test_a_value_counts_itself_among_the_permutations_that_reach_it() -> None:
+    assert among(0.5, (0.1, 0.5, 0.6)) == ("0.400", "0.750")
+    assert among(0.5, (0.1, 0.2)) == ("0.150", "0.333")
+    assert among(0.5, ()) == ("-", "-")

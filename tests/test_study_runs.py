@@ -12,19 +12,23 @@ from torch.nn.functional import rms_norm
 
 from experiments import forgetting
 from experiments.forgetting import Options
+from experiments.noise import generator
 from experiments.study import runs, store, tasks, text
 from experiments.study.arms import ARMS, EXPLORATIONS, rates
 from experiments.study.lanes import Job, needs
 from experiments.study.net import EPS
 from experiments.study.records import Key, Run
 from experiments.study.runs import carry_out, chunks
-from experiments.study.tasks import Schedule, Tasks, digits
+from experiments.study.setting import idle
+from experiments.study.tasks import Bank, Schedule, Tasks, digits
 from onn import qwen3, tree
+from onn.functional import Experts
 from tests.support import assert_close, assert_same, normal, tolerance
 
 P = ParamSpec("P")
 R = TypeVar("R")
 SHORT = Schedule(tokens=8, steps=5)
+BANK = Bank(experts=32, width=8)
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +50,9 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.cache_clear()
 
 
-def few(seed: int, *, turned: bool = True) -> Tasks:
+def few(seed: int, *, turned: bool = True, bank: Bank = BANK) -> Tasks:
     """Three tasks of few examples."""
-    return cut(digits(seed, turned=turned), tasks=3, size=40)
+    return cut(digits(seed, turned=turned, bank=bank), tasks=3, size=40)
 
 
 def cut(whole: Tasks, *, tasks: int, size: int) -> Tasks:
@@ -59,6 +63,7 @@ def cut(whole: Tasks, *, tasks: int, size: int) -> Tasks:
         held_inputs=whole.held_inputs[:tasks, :size],
         held_residual=whole.held_residual[:tasks, :size],
         held_labels=whole.held_labels[:tasks, :size],
+        held_tokens=whole.held_tokens[:tasks, :size],
         net=whole.net,
     )
 
@@ -137,19 +142,63 @@ def test_digits_differ_by_seed_and_turned_images_begin_upright() -> None:
     assert_close(permuted.inputs[0, 0].sort().values, permuted.inputs[1, 0].sort().values, bound=0.0)
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_model_is_drawn_matrix_by_matrix_and_tasks_and_features_are_those_of_every_bank(turned: bool) -> None:
+    found, other = (digits(3, turned=turned, bank=bank) for bank in (BANK, Bank(experts=10, width=3)))
+    assert_same(found[:-1], other[:-1])
+    assert_same(found.net.features, other.net.features)
+    assert other.net.experts.gate.shape == (10, 3, 64)
+    draws = generator(3)
+    for size in (1797, *[64] * (0 if turned else 5)):
+        torch.randperm(size, generator=draws)
+    shapes = {(64, 64): 1.0, (32, 64): 1.0}
+    _, prototypes = (torch.randn(shape, generator=draws) * scale for shape, scale in shapes.items())
+    gate, up, down = (torch.randn(32, 8, 64, generator=draws) * scale for scale in (64**-0.5, 64**-0.5, 8**-0.5))
+    readout = torch.randn(10, 64, generator=draws) * 64**-0.5
+    assert_same(found.net[1:], (prototypes, Experts(gate, up, down), readout))
+
+
+def test_the_tasks_of_every_family_have_the_bank_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = Bank(experts=10, width=3)
+    made = forgetting.tasks_of("digits-rotated", 1, bank)
+    assert set(made) == {*forgetting.TUNING_SEEDS, 0}
+    assert {tuple(data.net.experts.gate.shape) for data in made.values()} == {(*bank, tasks.HIDDEN)}
+    seen: list[tuple[Bank, int]] = []
+
+    def of_text(shared: Bank, seed: int) -> Tasks:
+        seen.append((shared, seed))
+        return made[seed]
+
+    monkeypatch.setattr(forgetting, "trunk", lambda asked: asked)
+    monkeypatch.setattr(forgetting, "text", of_text)
+    assert set(forgetting.tasks_of("text", 1, bank)) == set(made)
+    assert seen == [(bank, seed) for seed in made]
+
+
+def test_an_arm_that_selects_nothing_of_a_small_bank_is_updating_everything_and_told_to_be() -> None:
+    bank = Bank(experts=10, width=3)
+    all_, one, two, chance = carry_out(jobs("all", "smk-1", "smk-2", "random-2"), {0: few(0, bank=bank)}, SHORT).runs
+    assert all_.active == pytest.approx(0.2)
+    same = [run._replace(key=all_.key) == all_ for run in (one, two, chance)]
+    assert same == [False, True, True]
+    runs_of = store.Results({}, {"experts": bank.experts}, [all_, one, two, chance], [])
+    assert set(idle(runs_of)) == {"smk-2", "random-2"}
+
+
 def test_the_last_layer_from_outside_is_that_of_the_dense_model() -> None:
-    template = qwen3.abstract(text.DENSE)
+    config = text.dense(BANK)
+    template = qwen3.abstract(config)
     noise = [normal(n, *leaf.shape) for n, leaf in enumerate(tree.leaves(template))]
-    model = qwen3.init(tree.unflatten(template, noise), config=text.DENSE, dtype=torch.float64)
+    model = qwen3.init(tree.unflatten(template, noise), config=config, dtype=torch.float64)
     tokens = torch.randint(256, (2, 7), generator=torch.Generator().manual_seed(0))
-    inputs, residual = text.before_last_mlp(model, tokens)
+    inputs, residual = text.before_last_mlp(model, tokens, config=config)
     last = model.layers[-1].mlp
     assert isinstance(last, qwen3.Mlp)
     y = rms_norm(residual + qwen3.mlp_forward(last, inputs), residual.shape[-1:], eps=EPS)
     got = y @ (qwen3.output_weight(model) * model.norm).mT
-    expected = qwen3.forward(model, tokens, (), config=text.DENSE, moe=None).logits.flatten(0, 1)
+    expected = qwen3.forward(model, tokens, (), config=config, moe=None).logits.flatten(0, 1)
     norms_are_rounded_to = torch.float32
-    assert_close(got, expected, bound=tolerance(norms_are_rounded_to, terms=text.DENSE.hidden_size))
+    assert_close(got, expected, bound=tolerance(norms_are_rounded_to, terms=config.hidden_size))
 
 
 def small(folder: Path, **changes: object) -> Options:
@@ -159,8 +208,8 @@ def small(folder: Path, **changes: object) -> Options:
 
 @pytest.fixture
 def _small_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_family(family: str, seeds: int) -> dict[int, Tasks]:
-        return {seed: few(seed) for seed in (*forgetting.TUNING_SEEDS, *range(seeds))}
+    def of_family(family: str, seeds: int, bank: Bank) -> dict[int, Tasks]:
+        return {seed: few(seed, bank=bank) for seed in (*forgetting.TUNING_SEEDS, *range(seeds))}
 
     monkeypatch.setattr(forgetting, "tasks_of", of_family)
     monkeypatch.setattr(forgetting, "TUNING_SEEDS", (1000,))
@@ -179,6 +228,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
         return carry_out(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forgetting, "carry_out", stops)
+    monkeypatch.setattr(forgetting, "write_report", lambda folder, _: folder)
     with pytest.raises(KeyboardInterrupt):
         forgetting.run(small(tmp_path / "cut"))
     forgetting.run(small(tmp_path / "cut"))
@@ -194,15 +244,6 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
     assert results[0].specialisations == results[1].specialisations
     seeds = {run.stage: {r.key.seed for r in results[0].runs if r.stage == run.stage} for run in results[0].runs}
     assert seeds == {"tuning": {1000}, "evaluation": {0, 1}, "frontier": {0, 1}}
-
-
-@pytest.mark.usefixtures("_small_digits")
-def test_a_folder_holds_one_study_and_unknown_arms_are_named(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text('{"family": ["text"]}', encoding="utf-8")
-    with pytest.raises(ValueError, match="another study"):
-        forgetting.run(small(tmp_path))
-    with pytest.raises(ValueError, match="smk-3"):
-        forgetting.run(small(tmp_path, arms=("smk-3",)))
 
 
 def test_a_matched_arm_brings_what_it_is_matched_to() -> None:

@@ -311,17 +311,25 @@ def predict(found: Sample, *, margin: float = 0.1, draws: int = 300) -> statisti
 
 
 def test_a_predictor_counts_only_beyond_its_control() -> None:
-    idle, useful = predict(sample(direct=0.0)), predict(sample(direct=1.0))
+    idle, useful = predict(sample(direct=0.0, clusters=12)), predict(sample(direct=1.0, clusters=12))
     assert idle.rank.low > 0.3
     assert idle.partial.low < 0 < idle.partial.high
     assert idle.p > 0.05
-    assert predict(sample(direct=0.0), margin=0.6).p_equivalent == 1 / 301
+    assert predict(sample(direct=0.0, clusters=12), margin=0.6).p_equivalent == 1 / 301
     assert useful.partial.low > 0.3
     assert useful.p == 2 / 301
     assert useful.p_equivalent == 1
     for found in (idle, useful):
         assert found.partial.low < found.partial.mean < found.partial.high
-        assert found.rank.n == found.partial.n == 8
+        assert found.rank.n == found.partial.n == 12
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 5])
+def test_few_clusters_prove_no_more_than_their_signs_could(clusters: int) -> None:
+    found = sample(direct=9.0, clusters=clusters, each=40)
+    assert predict(found).partial.low > 0.5
+    assert predict(found).p == 2.0 ** (1 - clusters)
+    assert predict(found, margin=1.5).p_equivalent == 2.0**-clusters
 
 
 def test_estimates_are_the_correlations_of_the_whole_sample() -> None:

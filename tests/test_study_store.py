@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.study import store
-from experiments.study.records import Key, Run, Specialisation, Stage
+from experiments.study.records import Key, Run, Specialisation, Stage, Vocabulary
 from experiments.study.store import Results, append, load_runs, load_specialisations, read_results, write_results
 from tests.study_runs import key, run, specialisation
 
@@ -39,6 +39,14 @@ RUNS = st.builds(
     active=FLOATS,
     series=st.dictionaries(st.sampled_from(["loss", "tau", "surprise", "pi"]), st.lists(FLOATS, max_size=3).map(tuple)),
 )
+VOCABULARIES = st.builds(
+    Vocabulary,
+    symbols=st.sampled_from(["input", "target", "class"]),
+    mean=FLOATS,
+    experts=st.lists(FLOATS, max_size=3).map(tuple),
+    chance=st.lists(FLOATS, max_size=3).map(tuple),
+    permuted=st.lists(FLOATS, max_size=3).map(tuple),
+)
 SPECIALISATIONS = st.builds(
     Specialisation,
     key=KEYS,
@@ -48,6 +56,7 @@ SPECIALISATIONS = st.builds(
     ablation=ROWS,
     saturation=st.lists(FLOATS, max_size=3).map(tuple),
     coactivation=FLOATS,
+    vocabulary=st.lists(VOCABULARIES, max_size=2).map(tuple),
 )
 
 
@@ -79,6 +88,24 @@ def test_a_specialisation_comes_back_and_is_not_taken_for_a_run(tmp_path: Path) 
     assert load_specialisations(path) == [specialisation(key(3))]
     with pytest.raises(ValueError, match="of Run"):
         load_runs(path)
+
+
+def test_a_specialisation_from_before_vocabularies_were_kept_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "specialisation.jsonl"
+    record = json.loads(store._line(specialisation(key(3))))
+    del record["vocabulary"]
+    path.write_text(json.dumps(record) + "\n")
+    assert load_specialisations(path) == [specialisation(key(3))._replace(vocabulary=())]
+
+
+@pytest.mark.parametrize("damage", [{"symbols": "word"}, {"experts": 0.5}, {"more": 1}, {"mean": "0.5"}])
+def test_a_damaged_vocabulary_is_named_by_its_place(tmp_path: Path, damage: dict[str, object]) -> None:
+    path = tmp_path / "specialisation.jsonl"
+    record = json.loads(store._line(specialisation(key(3))))
+    record["vocabulary"][0] |= damage
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"specialisation\.jsonl, line 1: vocabulary: "):
+        load_specialisations(path)
 
 
 def test_a_journal_that_has_not_begun_is_empty(tmp_path: Path) -> None:

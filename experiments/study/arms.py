@@ -7,10 +7,12 @@ optimizer; a second number (`strength`), where an arm has one, is tried at every
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from enum import IntEnum
+from dataclasses import asdict, dataclass, replace
+from enum import Enum, IntEnum
 from types import MappingProxyType
 from typing import Literal
+
+from onn.observe import Json
 
 Optimizer = Literal["sgd", "adamw", "adagrad", "own"]
 Regime = Literal["experts", "everything"]
@@ -95,6 +97,10 @@ class Arm:
     optimizers: tuple[Optimizer, ...] = OPTIMIZERS
     strengths: tuple[float, ...] = (0.0,)
 
+    def told(self) -> Mapping[str, Json]:
+        """Every field, as a file holds it: rules and grains by their names."""
+        return {name: value.name if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+
 
 _LOWEST: Mapping[Optimizer, float] = MappingProxyType({"sgd": 0.05, "adamw": 2.5e-4, "adagrad": 0.005, "own": 0.0025})
 
@@ -141,8 +147,8 @@ def _baselines() -> dict[str, Arm]:
         ),
         "frozen-experts": Arm(note="experts frozen after the first task", experts_move=False),
         "frozen-router": Arm(note="router frozen after the first task", router_moves=False),
-        "ewc": Arm(note="elastic weight consolidation, online", penalty="ewc", strengths=(1.0, 10.0)),
-        "si": Arm(note="synaptic intelligence", penalty="si", strengths=(0.001, 0.01)),
+        "ewc": Arm(note="elastic weight consolidation, online", penalty="ewc", strengths=(1.0, 10.0, 100.0)),
+        "si": Arm(note="synaptic intelligence", penalty="si", strengths=(0.001, 0.01, 0.1)),
         "a-gem": Arm(note="A-GEM, 100 stored examples a task", project=True),
         "replay": Arm(note="replay of 100 stored examples a task, half of each batch", replay=True),
         "joint": Arm(note="all tasks at once: the upper bound", data="joint"),
@@ -168,7 +174,7 @@ def _consolidations() -> dict[str, Arm]:
             bounded=True,
             grain=grain,
             optimizers=("sgd", "adamw"),
-            strengths=(3.0, 30.0),
+            strengths=(3.0, 30.0, 300.0),
         )
     return found | {
         "centred": Arm(note="everything learns, experts from inputs less the batch's mean", centred=True),

@@ -1,6 +1,7 @@
 """The study's primary contrasts: claims made before the runs, what would have refuted each, and what was found.
 
-Differences are paired by seed. Within a family of tasks, Holm's method covers all of its primary contrasts together.
+Differences are paired by seed. Holm's method covers all primary contrasts of one place together: of one family of tasks
+in one regime.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from experiments.study.arms import OPTIMIZERS
 from experiments.study.records import Run
 from experiments.study.statistics import Interval, Point
 
-REGIME = "experts"
-"""Of the primary contrasts."""
 OURS = ("root-neuron", "centred-neuron")
 """Arms that are held against the strongest baselines."""
 JOINT = "joint"
@@ -43,6 +42,7 @@ class Finding(NamedTuple):
 
     claim: str
     family: str
+    regime: str
     optimizer: str
     """Of both arms, or `one against other`."""
     measure: str
@@ -53,7 +53,7 @@ class Finding(NamedTuple):
     p: float
     """Two-sided: that the difference is 0, or minus `MARGIN` where the claim is `not below`."""
     p_holm: float
-    """Adjusted for all primary contrasts of the family; NaN where `p` is."""
+    """Adjusted for all primary contrasts of the place; NaN where `p` is."""
     p_equivalent: float
     """Of two one-sided tests: that the difference is outside of the margin. Not adjusted."""
     verdict: Verdict
@@ -146,7 +146,7 @@ def primary() -> list[Contrast]:
 
 
 def findings(runs: Sequence[Run]) -> tuple[list[Finding], list[str]]:
-    """What the runs say of every primary contrast, family by family, and the contrasts that could not be made.
+    """What the runs say of every primary contrast, place by place, and the contrasts that could not be made.
 
     A claim is supported where Holm's p is below `ALPHA` and the difference exceeds its bound, refuted where it is below
     and falls short; else equivalent where the difference lies within the margin by two one-sided tests; else open.
@@ -156,11 +156,11 @@ def findings(runs: Sequence[Run]) -> tuple[list[Finding], list[str]]:
     """
     found: list[Finding] = []
     not_run: list[str] = []
-    for family in sorted({run.key.family for run in runs}):
-        outcomes = [(c.claim, _compared(runs, family, c)) for c in primary()]
-        outcomes.append((PREDICTION.claim, _predicted(runs, family)))
+    for place in sorted({run.key[:2] for run in runs}):
+        outcomes = [(c.claim, _compared(runs, place, c)) for c in primary()]
+        outcomes.append((PREDICTION.claim, _predicted(runs, place)))
         found += _judged([outcome for _, outcome in outcomes if not isinstance(outcome, str)])
-        not_run += [f"{family}: {claim}: {reason}" for claim, reason in outcomes if isinstance(reason, str)]
+        not_run += [f"{', '.join(place)}: {claim}: {reason}" for claim, reason in outcomes if isinstance(reason, str)]
     return found, not_run
 
 
@@ -221,24 +221,25 @@ def _of(runs: Iterable[Run], family: str, regime: str, arm: str, optimizer: str)
     return [run for run in runs if run.key[:4] == (family, regime, arm, optimizer)]
 
 
-def _compared(runs: Sequence[Run], family: str, contrast: Contrast) -> _Tested | str:
+def _compared(runs: Sequence[Run], place: tuple[str, str], contrast: Contrast) -> _Tested | str:
     """What is found, or why nothing is."""
-    first = _optimizer(runs, family, contrast.first, "")
-    second = _optimizer(runs, family, contrast.second, first)
+    first = _optimizer(runs, place, contrast.first, "")
+    second = _optimizer(runs, place, contrast.second, first)
     sides = ((contrast.first.arm, first), (contrast.second.arm, second))
     of_curves = contrast.measure != "ACC"
     for arm, optimizer in sides:
-        if not (curves if of_curves else pick)(runs, family, REGIME, arm, optimizer):
+        if not (curves if of_curves else pick)(runs, *place, arm, optimizer):
             by = f" with {optimizer}" if optimizer else ""
             return f"no {'frontier' if of_curves else 'evaluation'} runs of {arm}{by}."
-    differences = (_at_equal_learning if of_curves else _in_accuracy)(runs, family, *sides)
+    differences = (_at_equal_learning if of_curves else _in_accuracy)(runs, place, *sides)
     if not differences:
         return "no seed has a common range of learning."
     if not all(map(math.isfinite, differences)):
         return "a score is not finite."
     finding = Finding(
         claim=contrast.claim,
-        family=family,
+        family=place[0],
+        regime=place[1],
         optimizer=first if first == second else f"{first} against {second}",
         measure=contrast.measure,
         falsifier=contrast.falsifier,
@@ -251,24 +252,24 @@ def _compared(runs: Sequence[Run], family: str, contrast: Contrast) -> _Tested |
     return _Tested(finding, contrast.bound)
 
 
-def _optimizer(runs: Sequence[Run], family: str, side: Side, other: str) -> str:
+def _optimizer(runs: Sequence[Run], place: tuple[str, str], side: Side, other: str) -> str:
     """An empty name where none can be chosen."""
     if side.optimizer == "same":
         return other
     if side.optimizer == "best":
-        return best(runs, family, REGIME, side.arm, CANDIDATES) or ""
+        return best(runs, *place, side.arm, CANDIDATES) or ""
     return side.optimizer
 
 
-def _in_accuracy(runs: Sequence[Run], family: str, *sides: tuple[str, str]) -> list[float]:
-    picked = [pick(runs, family, REGIME, *side) for side in sides]
+def _in_accuracy(runs: Sequence[Run], place: tuple[str, str], *sides: tuple[str, str]) -> list[float]:
+    picked = [pick(runs, *place, *side) for side in sides]
     accuracy = [{seed: statistics.scores(run.scores).accuracy for seed, run in own.items()} for own in picked]
     return [ours - theirs for ours, theirs in _pairs(sides, accuracy)]
 
 
-def _at_equal_learning(runs: Sequence[Run], family: str, *sides: tuple[str, str]) -> list[float]:
+def _at_equal_learning(runs: Sequence[Run], place: tuple[str, str], *sides: tuple[str, str]) -> list[float]:
     """Of the seeds whose curves have a common range of learning."""
-    pairs = _pairs(sides, [curves(runs, family, REGIME, *side) for side in sides])
+    pairs = _pairs(sides, [curves(runs, *place, *side) for side in sides])
     found = [statistics.at_equal_learning(ours, theirs) for ours, theirs in pairs]
     return [value for value in found if not math.isnan(value)]
 
@@ -287,6 +288,8 @@ class _Kept(NamedTuple):
     loss: float
     place: float
     seed: int
+    group: str
+    """Arm and optimizer."""
 
 
 def _kept(run: Run) -> list[_Kept]:
@@ -300,14 +303,37 @@ def _kept(run: Run) -> list[_Kept]:
     for task in range(tasks - 1):
         end = (task + 1) * each - 1
         lost = max(row[task] for row in run.scores[task + 1 :]) - run.scores[-1][task]
-        found.append(_Kept(pi=pi[end], kept=-lost, loss=loss[end], place=task, seed=run.key.seed))
-    return [one for one in found if all(map(math.isfinite, one))]
+        if all(map(math.isfinite, (pi[end], lost, loss[end]))):
+            group = f"{run.key.arm}, {run.key.optimizer}"
+            found.append(_Kept(pi=pi[end], kept=-lost, loss=loss[end], place=task, seed=run.key.seed, group=group))
+    return found
 
 
-def _predicted(runs: Sequence[Run], family: str) -> _Tested | str:
-    """Over all evaluation runs that had the tasks in order."""
-    evaluated = [r for r in runs if (r.key.family, r.key.regime, r.stage) == (family, REGIME, "evaluation")]
-    kept = [one for run in evaluated if run.key.arm != JOINT for one in _kept(run)]
+def _all_kept(runs: Sequence[Run], place: tuple[str, str]) -> list[_Kept]:
+    """Of all evaluation runs that had the tasks in order."""
+    evaluated = [run for run in runs if run.key[:2] == place and run.stage == "evaluation"]
+    return [one for run in evaluated if run.key.arm != JOINT for one in _kept(run)]
+
+
+def within_arms(runs: Sequence[Run], place: tuple[str, str]) -> Interval:
+    """The correlation of `PREDICTION` within each arm and optimizer of a family and regime, mean over these: no claim
+    rests on it.
+    """
+    kept = _all_kept(runs, place)
+    return statistics.partial_within(
+        [one.pi for one in kept],
+        [one.kept for one in kept],
+        [[one.loss for one in kept], [one.place for one in kept]],
+        [one.seed for one in kept],
+        [one.group for one in kept],
+        level=LEVEL,
+        draws=DRAWS,
+        generator=np.random.default_rng(0),
+    )
+
+
+def _predicted(runs: Sequence[Run], place: tuple[str, str]) -> _Tested | str:
+    kept = _all_kept(runs, place)
     if not kept:
         return "no evaluation runs with a series of PI and of loss."
     found = statistics.predictiveness(
@@ -322,7 +348,8 @@ def _predicted(runs: Sequence[Run], family: str) -> _Tested | str:
     )
     finding = Finding(
         claim=PREDICTION.claim,
-        family=family,
+        family=place[0],
+        regime=place[1],
         optimizer="all runs",
         measure="partial rank correlation",
         falsifier=PREDICTION.falsifier,

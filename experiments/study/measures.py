@@ -60,6 +60,36 @@ def permutation_information(active: Tensor, task: Tensor, *, order: Tensor) -> T
     return torch.tensor(found, dtype=torch.float64)
 
 
+def vocabulary(active: Tensor, symbol: Tensor) -> Tensor:
+    """How far each expert keeps to certain symbols: of all occurrences of those it serves, the share that it serves.
+
+    The mean over the tokens that expert e is active on of `N_xe / N_x`: x is the token's symbol, `N_x` how often that
+    occurs, `N_xe` on how many of these the expert is active. That is `sum_x N_xe^2 / N_x / sum_x N_xe`.
+
+    Guarantees: at least the share of all tokens that the expert is active on, and just that where it is active on the
+    same share of every symbol; at most 1, where it has all occurrences of its symbols. Rare symbols raise it by chance,
+    so compare with permuted symbols.
+
+    Args:
+        active: bool [T, E].
+        symbol: [T], any integers.
+
+    Returns:
+        float64 [E]; NaN for an expert that is never active.
+
+    References:
+        Vocabulary specialization of OLMoE (2409.02060), `N_xe / N_x` of a pair, which its authors average over symbols,
+        each with the expert that is active on it the most.
+    """
+    sizes = check.shapes("vocabulary", ("active", active, "bool T E"), ("symbol", symbol, "integer T"))
+    _, place, occurrences = symbol.unique(return_inverse=True, return_counts=True)
+    token, expert = active.nonzero(as_tuple=True)
+    served = torch.bincount(place[token] * sizes["E"] + expert, minlength=len(occurrences) * sizes["E"])
+    counts = served.view(len(occurrences), sizes["E"]).double()
+    found: Tensor = (counts * counts / occurrences[:, None]).sum(dim=0) / counts.sum(dim=0)
+    return found
+
+
 def saturation(before: Tensor, after: Tensor) -> float:
     """`|A_before and A_after| / |A_after|`, the mean over the tokens that have an active expert after.
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 Stage = Literal["tuning", "evaluation", "frontier", "exploration"]
 Series = Literal["loss", "tau", "surprise", "pi"]
+Symbols = Literal["input", "target", "class"]
 
 
 class Key(NamedTuple):
@@ -43,6 +44,21 @@ class Run(NamedTuple):
     """Means over equal stretches of training, the same number of stretches for every task, in order."""
 
 
+class Vocabulary(NamedTuple):
+    """How far experts keep to certain symbols, by `measures.vocabulary`; NaN for an expert that is never active."""
+
+    symbols: Symbols
+    """The characters that are read, those that come next, or the classes of images."""
+    mean: float
+    """Over the experts that are active on any token."""
+    experts: tuple[float, ...]
+    """[E]"""
+    chance: tuple[float, ...]
+    """[E]: the mean over permutations of the symbols over the tokens."""
+    permuted: tuple[float, ...]
+    """The mean over experts, for each permutation."""
+
+
 class Specialisation(NamedTuple):
     """Who serves which task, measured on one trained model; T tokens are the held-out ones of all tasks."""
 
@@ -59,3 +75,5 @@ class Specialisation(NamedTuple):
     """[tasks + 1]: |A_i and A_end| / |A_end|, mean over tokens, of the active sets after i tasks and at the end."""
     coactivation: float
     """Mean over pairs of distinct experts of P(both active) / min(P(one), P(other)); 0 for pairs of an unused one."""
+    vocabulary: tuple[Vocabulary, ...] = ()
+    """Of each kind of symbols that the family has."""

@@ -10,22 +10,19 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments import page
-from experiments.page_blocks import Bullets, Details, Picture, Piece, Table, Text, html_of, markdown
+from experiments.page_blocks import Bullets, Picture, Piece, Table, Text, html_of, markdown
 from experiments.page_figures import svg
-from experiments.report import flatten, listing
 from experiments.study import figures
-from experiments.study.arms import ARMS, EXPLORATIONS
-from experiments.study.contrasts import CORRELATION_MARGIN, MARGIN, Finding, Verdict, findings
+from experiments.study.contrasts import CORRELATION_MARGIN, MARGIN, PREDICTION, Finding, Verdict, findings, within_arms
 from experiments.study.figures import Drawing
 from experiments.study.groups import ALL, Group, baseline, difference, grid, grouped, of, on_edge, places
-from experiments.study.records import Run, Specialisation, Stage
-from experiments.study.statistics import Interval
+from experiments.study.records import Run, Specialisation, Vocabulary
+from experiments.study.setting import idle, setting
+from experiments.study.shown import among, number, p_text, plus_minus, share, signed
 from experiments.study.store import Results
 
 TITLE = "Does surprise lessen forgetting?"
 DPI = 120
-NO_BREAK = "\u00a0"
-STAGES: tuple[Stage, ...] = ("tuning", "evaluation", "frontier", "exploration")
 VERDICTS: Mapping[Verdict, str] = {
     "supported": "**supported**",
     "refuted": "**refuted**",
@@ -67,11 +64,11 @@ def _kept(drawing: Drawing, folder: Path) -> Picture:
 
 def pieces(results: Results) -> dict[str, Sequence[Piece | Drawing]]:
     """What stands under each heading, headings without anything left out."""
-    verdicts, not_run = _tested(results.runs)
+    verdicts, not_run = _tested(results)
     everywhere = places(run.key for run in results.runs)
     sections: dict[str, Sequence[Piece | Drawing]] = {
         "The question, and the verdicts": verdicts,
-        "What was run": list(_setting(results, not_run)),
+        "What was run": list(setting(results, not_run)),
     }
     for place in everywhere:
         sections[f"Results: {', '.join(place)}"] = list(_place(of(results.runs, place), place))
@@ -84,7 +81,7 @@ def pieces(results: Results) -> dict[str, Sequence[Piece | Drawing]]:
     return {heading: parts for heading, parts in sections.items() if parts}
 
 
-def _tested(runs: Sequence[Run]) -> tuple[list[Piece], list[str]]:
+def _tested(results: Results) -> tuple[list[Piece], list[str]]:
     """The verdicts, and what could not be tested."""
     question = Text(
         "A network of many tiny experts learns tasks one after the other. Is less forgotten when surprise (the norm of "
@@ -92,22 +89,23 @@ def _tested(runs: Sequence[Run]) -> tuple[list[Piece], list[str]]:
         "much each neuron may still change (consolidation), than sparsity, optimizer and learning rate explain?"
     )
     try:
-        found, not_run = findings(runs)
+        found, not_run = findings(results.runs)
     except ValueError as error:
         return [question, Text(f"**No claim was tested**, because these runs do not go together: {error}")], []
-    return [question, *_verdicts(found)], not_run
+    return [question, *_verdicts(found), *_idle(results), *_within_arms(results.runs, found)], not_run
 
 
 def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
     if not found:
         yield Text("**No claim could be tested**: the runs that one needs are not there.")
         return
-    counts = Counter(finding.verdict for finding in found)
-    told = ", ".join(f"{counts[verdict]} {name}" for verdict, name in VERDICTS.items() if counts[verdict])
-    yield Text(f"Of {len(found)} claims: {told}.")
+    for regime in dict.fromkeys(finding.regime for finding in found):
+        counts = Counter(finding.verdict for finding in found if finding.regime == regime)
+        told = ", ".join(f"{counts[verdict]} {name}" for verdict, name in VERDICTS.items() if counts[verdict])
+        yield Text(f"Of {counts.total()} claims in regime `{regime}`: {told}. They hold for this regime alone.")
     header = (
         "claim",
-        "family, optimizer",
+        "family, regime, optimizer",
         "verdict",
         "measure",
         "difference [95% interval]",
@@ -119,7 +117,7 @@ def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
     rows = [
         (
             one.claim,
-            ", ".join(filter(None, (one.family, one.optimizer))),
+            ", ".join(filter(None, (one.family, one.regime, one.optimizer))),
             VERDICTS[one.verdict],
             one.measure,
             signed(one.interval),
@@ -133,59 +131,31 @@ def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
     yield Table(header, rows)
     yield Text(
         f"A difference above 0 (above -{MARGIN} for a claim of `not below`) speaks for the claim. Holm's p allows for "
-        "all the claims of a family together. The equivalence p is small where the difference, whatever its sign, is "
-        f"too small to matter: within {MARGIN} of a score, {CORRELATION_MARGIN} of a correlation. **Open** means that "
-        "these runs do not decide: it is neither a yes nor a no."
+        "all the claims of a family and regime together. The equivalence p is small where the difference, whatever its "
+        f"sign, is too small to matter: within {MARGIN} of a score, {CORRELATION_MARGIN} of a correlation. **Open** "
+        "means that these runs do not decide: it is neither a yes nor a no."
     )
 
 
-def _setting(results: Results, not_run: Sequence[str]) -> Iterator[Piece]:
-    rows = []
-    for place in places(run.key for run in results.runs):
-        own = of(results.runs, place)
-        stages = Counter(run.stage for run in own)
-        seeds = [len({run.key.seed for run in own if run.stage == stage}) for stage in ("tuning", "evaluation")]
-        rows.append(
-            (
-                ", ".join(place),
-                ", ".join(sorted({str(len(run.scores[0])) for run in own})),
-                str(len({run.key.arm for run in own})),
-                ", ".join(sorted({run.key.optimizer for run in own})),
-                *map(str, seeds),
-                *(str(stages[stage]) for stage in STAGES),
-            )
-        )
-    if rows:
-        seeds_of = ("seeds, tuning", "seeds, evaluation")
-        yield Table(("family, regime", "tasks", "arms", "optimizers", *seeds_of, *(f"runs, {s}" for s in STAGES)), rows)
+def _idle(results: Results) -> Iterator[Piece]:
+    if names := idle(results):
         yield Text(
-            "Regime `experts`: after the first task only the experts and the router learn. Regime `everything`: all is "
-            "trained throughout. Rates and strengths were chosen by ACC on the seeds of tuning, which no other stage "
-            "uses; `own` is an arm that is its own optimizer."
+            f"**Warning: nothing is left out** by {'; '.join(names)}: a token has no more active experts than may "
+            "learn from it, so these arms select nothing, and no claim on them says anything of selection."
         )
-        yield Details("Every arm and its grids", [_arms(results.runs)])
-    if not_run:
-        yield Text("**Not run**, so not tested:")
-        yield Bullets(not_run)
-    if results.settings:
-        yield Details("Settings", listing(list(flatten(results.settings, ""))))
-    if results.facts:
-        yield Details("Versions, machine and data", listing(list(flatten(results.facts, ""))))
 
 
-def _arms(runs: Sequence[Run]) -> Table:
-    rows = []
-    for arm, optimizer in dict.fromkeys((run.key.arm, run.key.optimizer) for run in runs):
-        own = [run.key for run in runs if run.key[2:4] == (arm, optimizer)]
-        rates, strengths = (sorted(set(values)) for values in ([k.lr for k in own], [k.strength for k in own]))
-        known = {**ARMS, **EXPLORATIONS}.get(arm)
-        note = known.note if known else ""
-        rows.append((arm, optimizer, _some(rates), _some(strengths) if strengths != [0.0] else "-", note))
-    return Table(("arm", "optimizer", "learning rates", "strengths", "what it is"), rows)
-
-
-def _some(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
+def _within_arms(runs: Sequence[Run], found: Sequence[Finding]) -> Iterator[Piece]:
+    """The correlation that the claim on PI pools over arms, once arms are kept apart."""
+    pooled = {(one.family, one.regime): one.interval for one in found if one.claim == PREDICTION.claim}
+    if pooled:
+        yield Text(
+            "The claim on PI pools all arms: one that keeps both PI high and tasks well speaks for it. Beside it the "
+            "same correlation within each arm and optimizer, mean over these, where only seeds and tasks differ. No "
+            "verdict rests on it."
+        )
+        rows = [(", ".join(place), signed(whole), signed(within_arms(runs, place))) for place, whole in pooled.items()]
+        yield Table(("family, regime", "PI and what is kept, all arms pooled", "within arms"), rows)
 
 
 def _place(runs: Sequence[Run], place: tuple[str, str]) -> Iterator[Piece | Drawing]:
@@ -269,17 +239,15 @@ def _warnings(groups: Sequence[Group], runs: Sequence[Run]) -> Iterator[Piece]:
 def _specialisation(found: Sequence[Specialisation], place: tuple[str, str]) -> Iterator[Piece | Drawing]:
     rows = []
     for one in found:
-        beaten = sum(value >= one.information for value in one.permuted)
         usage = [sum(column) for column in zip(*one.usage, strict=True)]
         rows.append(
             (
                 figures.name(one),
                 str(one.key.seed),
-                _number(one.information),
-                _number(math.fsum(one.permuted) / len(one.permuted)) if one.permuted else "-",
-                p_text((1 + beaten) / (1 + len(one.permuted))) if one.permuted else "-",
+                number(one.information),
+                *among(one.information, one.permuted),
                 f"{sum(count == 0 for count in usage)} of {len(usage)}",
-                _number(one.coactivation),
+                number(one.coactivation),
             )
         )
     header = ("model", "seed", "information [nats]", "when permuted, mean", "p", "experts never used", "co-activation")
@@ -288,7 +256,38 @@ def _specialisation(found: Sequence[Specialisation], place: tuple[str, str]) -> 
         "Information of expert and task over the active pairs of held-out tokens; p: the share of permutations that "
         "reach it. Co-activation: P(both active) over the smaller P(one active), mean over pairs of experts."
     )
+    yield from _vocabulary(found)
     yield from figures.of_specialisation(found, place)
+
+
+def _vocabulary(found: Sequence[Specialisation]) -> Iterator[Piece]:
+    kinds = list(dict.fromkeys(each.symbols for one in found for each in one.vocabulary))
+    if not kinds:
+        return
+    header = [
+        cell for kind in kinds for cell in (f"vocabulary, by {kind}", "when permuted, mean", "p", "farthest expert")
+    ]
+    rows = []
+    for one in found:
+        known = {each.symbols: each for each in one.vocabulary}
+        cells = [cell for kind in kinds for cell in (_kept_to(known[kind]) if kind in known else ["-"] * 4)]
+        rows.append((figures.name(one), str(one.key.seed), *cells))
+    yield Table(("model", "seed", *header), rows)
+    yield Text(
+        "Vocabulary specialisation: of all occurrences of a token's symbol, the share that an expert serves; mean over "
+        "its tokens, then over experts. Symbols are the characters read (input), those that come next (target), or the "
+        "digits shown (class). It is 1 where experts divide the symbols, and what it is when permuted where symbols do "
+        "not matter; frequent experts and rare symbols raise both alike. Symbols are permuted over all tokens, so the "
+        "experts of a task with symbols of its own stand out too. Farthest expert: the one most above its own chance, "
+        "which stands in brackets."
+    )
+
+
+def _kept_to(one: Vocabulary) -> list[str]:
+    apart = [(mine - chance, mine, chance) for mine, chance in zip(one.experts, one.chance, strict=True)]
+    farthest = max((found for found in apart if math.isfinite(found[0])), default=None)
+    largest = f"{number(farthest[1])} ({number(farthest[2])})" if farthest else "-"
+    return [number(one.mean), *among(one.mean, one.permuted), largest]
 
 
 def _explorations(runs: Sequence[Run]) -> Iterator[Piece]:
@@ -316,7 +315,7 @@ def _explorations(runs: Sequence[Run]) -> Iterator[Piece]:
 
 def _means(group: Group) -> list[str]:
     found = (group.accuracy, group.learning, group.transfer, group.forgetting)
-    return [*map(plus_minus, found), _number(group.change.mean), share(group.active)]
+    return [*map(plus_minus, found), number(group.change.mean), share(group.active)]
 
 
 def seeds(group: Group) -> str:
@@ -324,45 +323,15 @@ def seeds(group: Group) -> str:
     return f"{len(group.scores)} of {len(group.runs)}" if group.lost else str(len(group.runs))
 
 
-def plus_minus(value: Interval) -> str:
-    """The mean ± half of its interval, as far as there are any."""
-    half = value.high - value.mean
-    return _number(value.mean) + (f"{NO_BREAK}±{NO_BREAK}{half:.3f}" if math.isfinite(half) else "")
-
-
-def signed(value: Interval) -> str:
-    """A difference with its sign and interval."""
-    if not math.isfinite(value.mean):
-        return "-"
-    bounds = (value.low, value.high)
-    return f"{value.mean:+.3f}" + (
-        f" [{bounds[0]:+.3f},{NO_BREAK}{bounds[1]:+.3f}]" if all(map(math.isfinite, bounds)) else ""
-    )
-
-
-def share(value: Interval) -> str:
-    """A share in per cent."""
-    return f"{value.mean:.1%}" if math.isfinite(value.mean) else "-"
-
-
-def p_text(p: float) -> str:
-    """A p value, to three places."""
-    return "-" if math.isnan(p) else f"<{NO_BREAK}0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "-"
-
-
 LIMITS = (
     "**Shown** is what a verdict says, in its family and regime, by a test that was fixed before the runs. Everything "
     "else here, the order of a table included, is a **lead**: the best of many arms looks better than it is.",
     "Seeds are paired: all arms of a seed see the same tasks, first weights and order of examples. Intervals are over "
-    "those seeds, and say nothing of other data, sizes or schedules.",
+    "those seeds, and say nothing of other data, banks or schedules.",
     "More accuracy at the end can come from less forgetting or from more learning, and less forgetting from learning "
     "less. Compare at equal learning: the frontier, not a single row.",
-    "Freezing the experts, random choice and a lowered rate forget less too. A rule by surprise has shown something "
-    "only where it betters these.",
+    "Freezing the experts, random choice and a lowered rate can forget less too. A rule by surprise has shown "
+    "something only where it betters these.",
     "The arms of an optimizer had the same grid of learning rates. Where the best of one lies on the edge, the "
     "comparison is not fair to it.",
     "The models are tiny, the tasks few and their borders sharp; inputs are digits or short texts. Nothing here is "

@@ -12,7 +12,7 @@ from experiments import noise
 from experiments.study import measures
 from experiments.study.lanes import Job, lanes, needs
 from experiments.study.net import EPS, forward
-from experiments.study.records import Specialisation
+from experiments.study.records import Specialisation, Symbols, Vocabulary
 from experiments.study.runs import Trained
 from experiments.study.step import activate
 from experiments.study.tasks import Tasks
@@ -55,4 +55,18 @@ def _of_lane(job: Job, n: int, trained: Trained, data: Tasks) -> Specialisation:
         ablation=tuple(tuple(row) for row in ablated.tolist()),
         saturation=tuple(measures.saturation(active[n], seen.active) for active in trained.active),
         coactivation=measures.coactivation(seen.active),
+        vocabulary=tuple(_vocabulary(seen.active, *named, order) for named in _symbols(data).items()),
     )
+
+
+def _symbols(data: Tasks) -> dict[Symbols, Tensor]:
+    """What plays the part of a vocabulary, of every held-out token."""
+    labels, tokens = data.held_labels.flatten(), data.held_tokens.flatten()
+    return {"input": tokens, "target": labels} if len(tokens) else {"class": labels}
+
+
+def _vocabulary(active: Tensor, symbols: Symbols, symbol: Tensor, order: Tensor) -> Vocabulary:
+    found = torch.stack([measures.vocabulary(active, symbol[row]) for row in (slice(None), *order)])
+    mean, *permuted = found.nanmean(dim=1).tolist()
+    chance = found[1:].mean(dim=0)
+    return Vocabulary(symbols, mean, tuple(found[0].tolist()), chance=tuple(chance.tolist()), permuted=tuple(permuted))

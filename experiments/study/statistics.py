@@ -215,10 +215,10 @@ def predictiveness(
     """Rank correlations of a predictor with an outcome, without and with controls, and how sure they are.
 
     Intervals are percentiles of a bootstrap that draws whole clusters (seeds), so that what a seed's runs share does
-    not count as evidence twice; p values are shares of its draws, at least 1 / (draws + 1). Percentiles over few
-    clusters are somewhat too narrow. Below two clusters, bounds and p values are NaN, as they are where the
-    correlation is. The fit of ranks is linear: where a control explains nearly everything, what it misses by a curve
-    is taken for the predictor's.
+    not count as evidence twice; p values are shares of its draws, one-sided at least 1 / (draws + 1), and at least 2^-n
+    of n clusters, as in a test of their signs. Percentiles over few clusters are somewhat too narrow. Below two
+    clusters, bounds and p values are NaN, as they are where the correlation is. The fit of ranks is linear: where a
+    control explains nearly everything, what it misses by a curve is taken for the predictor's.
 
     Raises:
         ValueError: the lengths differ, or a value is not finite.
@@ -239,13 +239,66 @@ def predictiveness(
     seen = drawn[np.isfinite(drawn[:, 1]), 1]
     known = math.isfinite(partial) and seen.size > 0
     below, above = _share(seen <= 0), _share(seen >= 0)
-    outside = max(_share(seen <= -margin), _share(seen >= margin))
+    outside, least = max(_share(seen <= -margin), _share(seen >= margin)), 2.0**-n
     return Predictiveness(
         rank=_percentiles(plain, drawn[:, 0], level=level, n=n),
         partial=_percentiles(partial, drawn[:, 1], level=level, n=n),
-        p=min(1.0, 2 * min(below, above)) if known else math.nan,
-        p_equivalent=outside if known else math.nan,
+        p=min(1.0, 2 * max(least, min(below, above))) if known else math.nan,
+        p_equivalent=max(least, outside) if known else math.nan,
     )
+
+
+def partial_within(
+    predictor: Sequence[float],
+    outcome: Sequence[float],
+    controls: Sequence[Sequence[float]],
+    clusters: Sequence[int],
+    groups: Sequence[str],
+    *,
+    level: float,
+    draws: int,
+    generator: np.random.Generator,
+) -> Interval:
+    """`rank_correlation` within each group: the mean over the groups that have one.
+
+    What differs between groups does not count at all. The interval is that of `predictiveness`: a cluster is drawn in
+    all groups at once.
+
+    Raises:
+        ValueError: the lengths differ, or a value is not finite.
+    """
+    columns = _columns("partial_within", predictor, outcome, controls)
+    names, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    of_group = np.asarray(groups)
+    if not cluster.shape == of_group.shape == columns.shape[1:]:
+        raise ValueError(
+            f"partial_within: expected one of clusters and of groups for each value, got {cluster.shape} and "
+            f"{of_group.shape} for {columns.shape[1:]}."
+        )
+    n = len(names)
+    drawn = generator.multinomial(n, [1 / n] * n, size=draws) if n > 1 else np.empty((0, n))
+    times = np.concatenate([np.ones((1, n)), drawn])
+    members = [of_group == group for group in np.unique(of_group)]
+    found = np.asarray([_weighted_partial(columns[:, own], times[:, cluster[own]]) for own in members])
+    found = found.reshape(-1, len(times))
+    known = np.isfinite(found)
+    count = known.sum(axis=0)
+    mean = np.where(count > 0, np.where(known, found, 0).sum(axis=0) / np.maximum(count, 1), np.nan)
+    return _percentiles(float(mean[0]), mean[1:], level=level, n=n)
+
+
+def _weighted_partial(columns: Vector, times: Vector) -> Vector:
+    """`rank_correlation` of rows [K, n] (predictor, outcome, controls), each value `times` [D, n] over: [D]."""
+    mine, other = columns[:, :, None], columns[:, None, :]
+    ranks = times @ ((other < mine) + (other == mine) / 2).transpose(0, 2, 1)
+    centred = ranks - times.sum(axis=1, keepdims=True) / 2
+    moments = np.einsum("dn,kdn,ldn->dkl", times, centred, centred, optimize=True)
+    pair, across, given = moments[:, :2, :2], moments[:, :2, 2:], moments[:, 2:, 2:]
+    left = pair - across @ np.linalg.pinv(given, rcond=1e-12, hermitian=True) @ across.transpose(0, 2, 1)
+    norms, before = (np.diagonal(part, axis1=1, axis2=2) for part in (left, pair))
+    known = (norms > 1e-9 * before).all(axis=1)
+    scale = np.sqrt(np.where(known, norms.prod(axis=1), 1))
+    return np.where(known, np.clip(left[:, 0, 1] / scale, -1, 1), np.nan)
 
 
 def _steepness(left: Point, right: Point) -> float:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from experiments.study.records import Key, Run, Specialisation
+from experiments.study.records import Key, Run, Specialisation, Vocabulary
 from onn import check, storage
 from onn.config import read_text
 from onn.observe import Json, decode, encode, number, read_jsonl
@@ -111,7 +111,7 @@ def _each(kind: type[R], values: Json, name: str) -> list[R]:
 
 
 def _plain(value: object) -> Json:
-    if isinstance(value, Key | Run | Specialisation):
+    if isinstance(value, Key | Run | Specialisation | Vocabulary):
         return {name: _plain(getattr(value, name)) for name in value._fields}
     if isinstance(value, float):
         return None if math.isnan(value) else value if math.isfinite(value) else str(float(value))
@@ -138,8 +138,8 @@ def _made(kind: type[R], value: Json, where: str) -> R:
 def _typed(hint: object, value: Json, where: str) -> object:
     """A value as a field of a record holds it."""
     origin, inner = get_origin(hint), get_args(hint)
-    if hint is Key:
-        return _made(Key, value, where)
+    if hint is Key or hint is Vocabulary:
+        return _made(hint, value, where)
     if origin is tuple and inner[1:] == (...,):
         return tuple(_typed(inner[0], child, where) for child in _sequence(value, where))
     if origin is dict:

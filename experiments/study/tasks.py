@@ -20,8 +20,16 @@ from experiments.study.net import Net
 Family = Literal["digits-permuted", "digits-rotated", "text"]
 FAMILIES: tuple[Family, ...] = ("digits-permuted", "digits-rotated", "text")
 
-EXPERTS, WIDTH, HIDDEN = 32, 8, 64
+HIDDEN = 64
 DIGIT_TASKS, TRAIN, HELD_OUT = 5, 1200, 320
+
+
+class Bank(NamedTuple):
+    """The size of the bank."""
+
+    experts: int
+    width: int
+    """Neurons of each expert."""
 
 
 class Tasks(NamedTuple):
@@ -36,6 +44,8 @@ class Tasks(NamedTuple):
     held_inputs: Tensor
     held_residual: Tensor
     held_labels: Tensor
+    held_tokens: Tensor
+    """[tasks, n] int64: the characters that are read; [tasks, 0] where the inputs are none."""
     net: Net
 
 
@@ -55,8 +65,11 @@ SCHEDULES: dict[Family, Schedule] = {
 }
 
 
-def digits(seed: int, *, turned: bool) -> Tasks:
-    """Five tasks of one seed: pixels permuted, or images turned in steps of 36 degrees; a split of its own."""
+def digits(seed: int, *, turned: bool, bank: Bank) -> Tasks:
+    """Five tasks of one seed: pixels permuted, or images turned in steps of 36 degrees; a split of its own.
+
+    All but prototypes, experts and read-out is the same for every bank.
+    """
     draws = noise.generator(seed)
     found = load_digits()
     images, labels = torch.tensor(np.asarray(found.images)).float() / 16, torch.tensor(np.asarray(found.target)).long()
@@ -80,22 +93,23 @@ def digits(seed: int, *, turned: bool) -> Tasks:
         held_inputs=pixels[:, TRAIN:],
         held_residual=nothing[:, TRAIN:],
         held_labels=targets[:, TRAIN:].contiguous(),
-        net=_random_net(draws, inputs=pixels.shape[-1], classes=10),
+        held_tokens=targets[:, :0],
+        net=_random_net(draws, bank, inputs=pixels.shape[-1], classes=10),
     )
 
 
-def _random_net(draws: torch.Generator, *, inputs: int, classes: int) -> Net:
+def _random_net(draws: torch.Generator, bank: Bank, *, inputs: int, classes: int) -> Net:
     def normal(*shape: int, scale: float) -> Tensor:
         return torch.randn(shape, generator=draws) * scale
 
     features = torch.linalg.qr(normal(max(inputs, HIDDEN), max(inputs, HIDDEN), scale=1.0)).Q[:HIDDEN, :inputs]
     return Net(
         features=features.contiguous(),
-        prototypes=normal(EXPERTS, HIDDEN, scale=1.0),
+        prototypes=normal(bank.experts, HIDDEN, scale=1.0),
         experts=F.Experts(
-            gate=normal(EXPERTS, WIDTH, HIDDEN, scale=HIDDEN**-0.5),
-            up=normal(EXPERTS, WIDTH, HIDDEN, scale=HIDDEN**-0.5),
-            down=normal(EXPERTS, WIDTH, HIDDEN, scale=WIDTH**-0.5),
+            gate=normal(*bank, HIDDEN, scale=HIDDEN**-0.5),
+            up=normal(*bank, HIDDEN, scale=HIDDEN**-0.5),
+            down=normal(*bank, HIDDEN, scale=bank.width**-0.5),
         ),
         readout=normal(classes, HIDDEN, scale=HIDDEN**-0.5),
     )

@@ -1,7 +1,8 @@
 """Text as tasks: the next byte of four domains in sequence, through the frozen trunk of a small dense Qwen3.
 
-The dense model is trained on all domains alike; then the MLP of its last layer is carved into the experts. What its
-bank reads and what the bank's output is added to are constants of the text, so they are computed once.
+The dense model, whose MLPs have as many neurons as the bank, is trained on all domains alike; then the MLP of its last
+layer is carved into the experts. What its bank reads and what the bank's output is added to are constants of the text,
+so they are computed once.
 """
 
 from __future__ import annotations
@@ -19,16 +20,13 @@ from experiments.presets import PRESETS
 from experiments.progress import progress
 from experiments.study.arms import BASE_ACTIVE
 from experiments.study.net import Net
-from experiments.study.tasks import EXPERTS, HIDDEN, WIDTH, Tasks
+from experiments.study.tasks import HIDDEN, Bank, Tasks
 from onn import carve, data, qwen3, train
 from onn.corpus import Corpus, embedded_corpus
 from onn.objective import OptimConfig, StepConfig
-from onn.qwen3 import Mlp, Model
+from onn.qwen3 import Mlp, Model, Qwen3Config
 
 TINY = PRESETS["tiny"]
-DENSE = replace(
-    TINY.model, hidden_size=HIDDEN, intermediate_size=EXPERTS * WIDTH, num_hidden_layers=2, head_dim=HIDDEN // 4
-)
 STEPS, BATCH, LENGTH = 1000, 16, 64
 BYTES = 300_000
 TRAIN, HELD_OUT = 8192, 1024
@@ -41,33 +39,47 @@ class Positions(NamedTuple):
     inputs: Tensor
     residual: Tensor
     labels: Tensor
+    tokens: Tensor
 
 
 class Trunk(NamedTuple):
     """What all seeds share."""
 
+    bank: Bank
     model: Model
     train: Positions
     held_out: Positions
 
 
-def trunk() -> Trunk:
-    """The dense model, trained, and all that its carved layer will see."""
-    corpus = embedded_corpus(bytes_per_domain=BYTES, held_out=0.1, seed=0)
-    model = _dense(corpus)
-    return Trunk(
-        model=model,
-        train=_positions(model, corpus.train, corpus.train_mask, wanted=TRAIN),
-        held_out=_positions(model, corpus.held_out, corpus.held_out_mask, wanted=HELD_OUT),
+def dense(bank: Bank) -> Qwen3Config:
+    """The dense model that is carved into such a bank."""
+    return replace(
+        TINY.model,
+        hidden_size=HIDDEN,
+        intermediate_size=bank.experts * bank.width,
+        num_hidden_layers=2,
+        head_dim=HIDDEN // 4,
     )
 
 
-def _dense(corpus: Corpus) -> Model:
+def trunk(bank: Bank) -> Trunk:
+    """The dense model, trained, and all that its carved layer will see."""
+    corpus, config = embedded_corpus(bytes_per_domain=BYTES, held_out=0.1, seed=0), dense(bank)
+    model = _trained(corpus, config)
+    return Trunk(
+        bank=bank,
+        model=model,
+        train=_positions(model, corpus.train, corpus.train_mask, config=config, wanted=TRAIN),
+        held_out=_positions(model, corpus.held_out, corpus.held_out_mask, config=config, wanted=HELD_OUT),
+    )
+
+
+def _trained(corpus: Corpus, config: Qwen3Config) -> Model:
     draws = noise.generator(0)
     windows = data.pool(corpus.train, corpus.train_mask, length=LENGTH)
-    model = qwen3.init(noise.normal_like(qwen3.abstract(DENSE), draws), config=DENSE, dtype=torch.float32)
+    model = qwen3.init(noise.normal_like(qwen3.abstract(config), draws), config=config, dtype=torch.float32)
     settings = StepConfig(
-        model=DENSE,
+        model=config,
         sparse=None,
         optim=OptimConfig(
             lr=1e-2, warmup=50, floor=0.1, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.01, clip_norm=1.0
@@ -83,28 +95,31 @@ def _dense(corpus: Corpus) -> Model:
     return state.model
 
 
-def _positions(model: Model, texts: Sequence[Tensor], masks: Sequence[Tensor], *, wanted: int) -> Positions:
+def _positions(
+    model: Model, texts: Sequence[Tensor], masks: Sequence[Tensor], *, config: Qwen3Config, wanted: int
+) -> Positions:
     """Windows spread evenly over the text of every domain."""
     found = []
     for tokens, mask in zip(texts, masks, strict=True):
         starts = torch.linspace(0, len(tokens) - LENGTH - 1, wanted // LENGTH).long()
         batch = data.windows(tokens, mask, starts, length=LENGTH)
-        inputs, residual = before_last_mlp(model, batch.tokens.long())
-        found.append(Positions(inputs=inputs, residual=residual, labels=batch.targets.long().flatten()))
+        read, labels = batch.tokens.long(), batch.targets.long()
+        inputs, residual = before_last_mlp(model, read, config=config)
+        found.append(Positions(inputs, residual, labels=labels.flatten(), tokens=read.flatten()))
     return Positions(*map(torch.stack, zip(*found, strict=True)))
 
 
-def before_last_mlp(model: Model, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def before_last_mlp(model: Model, tokens: Tensor, *, config: Qwen3Config) -> tuple[Tensor, Tensor]:
     """What the last layer's MLP reads, and what its output is added to, each [B S, H]."""
     with torch.no_grad():
         x = torch.nn.functional.embedding(tokens, model.embedding)
-        positions = qwen3.rotary_positions(x, DENSE)
+        positions = qwen3.rotary_positions(x, config)
         *layers, last = model.layers
         for layer in layers:
-            x, _ = qwen3.layer_forward(layer, x, positions, {}, config=DENSE, moe=None)
-        normed = qwen3.apply_norm(last.input_norm, x, DENSE)
-        x = x + qwen3.apply_attention(last.attention, normed, positions, DENSE)
-        return qwen3.apply_norm(last.post_attention_norm, x, DENSE).flatten(0, 1), x.flatten(0, 1)
+            x, _ = qwen3.layer_forward(layer, x, positions, {}, config=config, moe=None)
+        normed = qwen3.apply_norm(last.input_norm, x, config)
+        x = x + qwen3.apply_attention(last.attention, normed, positions, config)
+        return qwen3.apply_norm(last.post_attention_norm, x, config).flatten(0, 1), x.flatten(0, 1)
 
 
 def text(shared: Trunk, seed: int) -> Tasks:
@@ -117,10 +132,10 @@ def text(shared: Trunk, seed: int) -> Tasks:
     order = [(seed + task) % domains for task in range(domains)]
     last = shared.model.layers[-1].mlp
     assert isinstance(last, Mlp)
-    experts = carve.split_mlp(last, num_experts=EXPERTS)
+    experts = carve.split_mlp(last, num_experts=shared.bank.experts)
     tokens = shared.train.inputs.flatten(0, 1)
     centred = tokens - tokens.mean(dim=0)
-    chosen = torch.randperm(len(tokens), generator=draws)[:EXPERTS]
+    chosen = torch.randperm(len(tokens), generator=draws)[: shared.bank.experts]
     return Tasks(
         inputs=shared.train.inputs[order],
         residual=shared.train.residual[order],
@@ -128,10 +143,11 @@ def text(shared: Trunk, seed: int) -> Tasks:
         held_inputs=shared.held_out.inputs[order],
         held_residual=shared.held_out.residual[order],
         held_labels=shared.held_out.labels[order],
+        held_tokens=shared.held_out.tokens[order],
         net=Net(
             features=torch.zeros(HIDDEN, 0),
             prototypes=centred[chosen],
-            experts=F.Experts(experts.gate, experts.up, experts.down * round(BASE_ACTIVE * EXPERTS)),
+            experts=F.Experts(experts.gate, experts.up, experts.down * round(BASE_ACTIVE * shared.bank.experts)),
             readout=qwen3.output_weight(shared.model) * shared.model.norm,
         ),
     )
