@@ -150,6 +150,39 @@ def test_the_root_form_is_consolidate_with_importance_by_weight(grain: Grain, se
     assert_close(moved, expected, bound=tolerance(torch.float64, terms=100, slack=1e7))
 
 
+@pytest.mark.parametrize("grain", [Grain.EXPERT_INPUT, Grain.NEURON_INPUT])
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_importance_by_row_and_input_is_their_product_with_the_importance_as_its_mean(grain: Grain, seed: int) -> None:
+    one = job("own", root=0.5, grain=grain)
+    before, _ = start(seed, one)
+    got, plain = run(one, seed, 1), run(job(), seed, 1)
+    assert isinstance(got.penalties, Penalties)
+    fisher, rows = got.penalties.fisher, got.importance
+    by_row = rows.experts / (3 * H)
+    if grain == Grain.EXPERT_INPUT:
+        by_row = by_row.mean(dim=1, keepdim=True)
+    read = torch.einsum("eih->h", fisher.experts.gate + fisher.experts.up)
+    written = torch.einsum("eih->h", fisher.experts.down)
+    expected = Net(
+        features=product(rows.features / fisher.features.shape[1], fisher.features.sum(dim=0)),
+        prototypes=product(rows.prototypes / H, fisher.prototypes.sum(dim=0)),
+        experts=F.Experts(product(by_row, read), product(by_row, read), product(by_row, written)),
+        readout=product(rows.readout / H, fisher.readout.sum(dim=0)),
+    )
+    steps, grads = (tree.map2(lambda old, new: (old - new) / 0.1, before.net, after.net) for after in (got, plain))
+    assert_close(
+        steps,
+        tree.map2(lambda g, f: g / (f + ROOT_EPS).sqrt(), grads, expected),
+        bound=tolerance(torch.float64, terms=100, slack=1e7),
+    )
+
+
+def product(rows: Tensor, inputs: Tensor) -> Tensor:
+    """[..., R] and [C], which is as if of mean 1, to [..., R, C]."""
+    return rows[..., None] * inputs / inputs.mean()
+
+
 @settings(max_examples=8)
 @given(seed=SEEDS)
 def test_the_bounded_form_is_consolidate_and_by_weight_the_steps_are_those_of_adagrad_of_tokens(seed: int) -> None:

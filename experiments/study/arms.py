@@ -50,6 +50,9 @@ class Grain(IntEnum):
     EXPERT = 0
     NEURON = 1
     WEIGHT = 2
+    EXPERT_INPUT = 3
+    """For an expert, times one for each input that all experts share."""
+    NEURON_INPUT = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +165,7 @@ def _baselines() -> dict[str, Arm]:
 
 def _consolidations() -> dict[str, Arm]:
     found = {}
-    for grain in Grain:
+    for grain in (Grain.EXPERT, Grain.NEURON, Grain.WEIGHT):
         found[f"root-{grain.name.lower()}"] = Arm(
             note=f"surprise consolidation, root form, one number by {grain.name.lower()}",
             root=0.5,
@@ -208,6 +211,11 @@ def _explorations() -> dict[str, Arm]:
         "with random-2": replace(ours, learners=2, rule=Rule.RANDOM),
         "with usage contrast": replace(ours, expert_rule=ExpertRule.USAGE_CONTRAST, expert_share=0.25),
         "frozen router": replace(ours, router_moves=False),
+        "by expert and input": replace(ours, grain=Grain.EXPERT_INPUT),
+        "by neuron and input": replace(ours, grain=Grain.NEURON_INPUT),
+        "centred, by expert and input": replace(ours, grain=Grain.EXPERT_INPUT, centred=True),
+        "centred, by neuron and input": replace(ours, grain=Grain.NEURON_INPUT, centred=True),
+        "centred, by weight": replace(ours, grain=Grain.WEIGHT, centred=True),
         **{f"density 1/{1 / density:g}": replace(ours, active=density) for density in densities},
     }
     dense = {

@@ -27,7 +27,8 @@ class Job(NamedTuple):
 def needs(job: Job) -> Needs:
     """What the job's step has to compute. Rare needs come with moments, so that few kinds of step are compiled."""
     arm = job.arm
-    penalty = arm.penalty != "none" or (arm.grain == Grain.WEIGHT and (arm.root > 0 or arm.bounded))
+    finer = arm.grain not in (Grain.EXPERT, Grain.NEURON)
+    penalty = arm.penalty != "none" or (finer and (arm.root > 0 or arm.bounded))
     memory = arm.replay or arm.project
     rare = penalty or memory or arm.dynamic
     return Needs(

@@ -78,7 +78,8 @@ def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane
     E, I, H = net.experts.gate.shape
     by_neuron = importance.experts / (3 * H)
     by_expert = by_neuron.mean(dim=1, keepdim=True).expand(E, I)
-    experts = torch.where(lane.grain == Grain.EXPERT.value, by_expert, by_neuron)[..., None]
+    whole = (lane.grain == Grain.EXPERT.value) | (lane.grain == Grain.EXPERT_INPUT.value)
+    experts = torch.where(whole, by_expert, by_neuron)[..., None]
     rows = Net(
         features=importance.features[:, None] / net.features.shape[1],
         prototypes=importance.prototypes[:, None] / H,
@@ -87,6 +88,8 @@ def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane
     )
     if isinstance(penalties, Penalties):
         by_weight = lane.grain == Grain.WEIGHT.value
+        by_input = (lane.grain == Grain.EXPERT_INPUT.value) | (lane.grain == Grain.NEURON_INPUT.value)
+        rows = tree.map2(lambda row, share: torch.where(by_input, row * share, row), rows, _inputs(penalties.fisher))
         rows = tree.map2(lambda fine, coarse: torch.where(by_weight, fine, coarse), penalties.fisher, rows)
 
     def scale(part: T, root: Tensor, bounded: Tensor) -> T:
@@ -100,6 +103,21 @@ def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane
         experts=scale(rows.experts, lane.root, lane.bounded),
         readout=scale(rows.readout, root, bounded),
     )
+
+
+def _inputs(fisher: Net) -> Net:
+    """The share of every input in the importance, 1 on average: of each matrix, with all experts as one.
+
+    What gate and up read is the same. That is `P + 4 H` numbers; only what is derived from them is used.
+    """
+    gate, up, down = fisher.experts
+    read = (gate + up) / 2
+
+    def share(leaf: Tensor) -> Tensor:
+        mean = leaf.flatten(0, -2).mean(dim=0)
+        return mean / mean.mean().clamp_min(torch.finfo(leaf.dtype).tiny)
+
+    return tree.map1(share, fisher._replace(experts=F.Experts(read, read, down)))
 
 
 def rates(net: Net, plastic: Plasticity, lane: Lane) -> Net:
