@@ -29,8 +29,6 @@ from onn.settings import StepConfig as StepConfig
 from onn.tree import Tree
 
 T = TypeVar("T", bound=Tree)
-_MOST_TOKENS = 2**31
-"""Of a batch; more are a mistake that no machine has memory for."""
 
 
 class Measured(NamedTuple):
@@ -204,7 +202,6 @@ def _readout_loss(
 
 def zero_taps(model: Model, tokens: int, *, names: tuple[F.TapName, ...]) -> Taps:
     """Taps for every carved layer of a model (see `onn.functional.zero_taps`)."""
-    check.between("zero_taps", "tokens", tokens, 0, _MOST_TOKENS)
     return tuple(F.zero_taps(names, tokens=tokens, experts=layer.experts) for layer in carved_layers(model))
 
 

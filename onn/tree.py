@@ -136,7 +136,7 @@ def _mapped_pairs(
         others = cast("list[Tensor]", structure.flatten_up_to(other))  # type: ignore[arg-type]
     except ValueError as error:
         raise ValueError(
-            f"{where}: Expected {name} and {another} alike, got {_outline(tree)} and {_outline(other)}."
+            f"{where}: expected {name} and {another} alike, got {_outline(tree)} and {_outline(other)}."
         ) from error
     _check_leaves(where, another, others)
     return cast("T", optree.tree_unflatten(structure, list(map(function, found, others))))
@@ -159,8 +159,8 @@ class Flat(Generic[R]):
         self._kwargs = cast("Mapping[str, object]", kwargs)
         self._result: Tree = ()
         self.inputs, _ = _flatten("Flat", "the arguments by position", trees)
-        self._args = map1(_shell, trees)
         """The tensors of the arguments."""
+        self._args = map1(_shell, trees)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The tensors of the result."""

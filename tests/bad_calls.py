@@ -5,9 +5,9 @@ each.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType, ModuleType
-from typing import Literal, Protocol, get_origin, get_type_hints
+from typing import Literal, NamedTuple, Protocol, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -33,14 +33,13 @@ def every_wrong(spec: Spec) -> Iterator[Wrong]:
             yield Wrong(f"{name}={value!r}", name, given, {**spec.numbers, name: value})
 
 
-def assert_valid(spec: Spec) -> None:
-    """The call that is changed is answered in the shapes said."""
+def assert_all_handled(spec: Spec) -> None:
+    """The valid call is answered in the shapes said, and every wrong one is refused by name or answered so, too.
+
+    All that are not are listed.
+    """
     nothing = Wrong("nothing", next(iter(spec.tensors)), arguments(spec), spec.numbers)
     assert_handled(spec, nothing, accepted=True)
-
-
-def assert_all_handled(spec: Spec) -> None:
-    """Every wrong call is refused by name or makes no difference to the shapes; all that are not are listed."""
     problems = []
     for wrong in every_wrong(spec):
         try:
@@ -48,6 +47,26 @@ def assert_all_handled(spec: Spec) -> None:
         except AssertionError as error:
             problems.append(str(error).splitlines()[0])
     assert not problems, "\n".join(problems)
+
+
+class Refusal(NamedTuple):
+    """A call that is refused, and what the message says."""
+
+    call: Callable[[], object]
+    words: tuple[str, ...]
+
+
+def assert_all_tried(
+    names: Iterable[str],
+    module: ModuleType,
+    modules: Sequence[ModuleType],
+    own: Callable[[ModuleType], set[str]] = functions_of,
+) -> None:
+    """All that a module offers is among the names, each up to its comma, and no name is of none of the modules."""
+    tried, offered = {name.split(",")[0] for name in names}, own(module)
+    assert offered <= tried, offered - tried
+    everything = set[str]().union(*map(own, modules))
+    assert tried <= everything, tried - everything
 
 
 def refused(call: Callable[[], object], *words: str) -> None:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import pytest
 
 from experiments import pipeline, replay
 from experiments.presets import TINY, RunConfig
 from onn import observe, train
-from onn.data import Batch
-from onn.objective import StepConfig
 from onn.observe import Json
-from onn.qwen3 import Model
-from onn.region import Region, inline
-from onn.train import Metrics, State
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 SMALL = replace(
     TINY,
@@ -59,22 +59,19 @@ def made_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupted_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C in every step of this number, counted from 1 by each process that trains."""
-    real, taken = train.step, list[int]()
+    monkeypatch.setattr(train, "step", _interrupting(train.step, steps))
 
-    def step(
-        state: State,
-        batch: Batch,
-        noise: Model | tuple[()],
-        config: StepConfig,
-        teacher: Model | tuple[()] = (),
-        region: Region = inline,
-    ) -> tuple[State, Metrics]:
+
+def _interrupting(step: Callable[P, R], steps: int) -> Callable[P, R]:
+    taken = list[int]()
+
+    def counted(*args: P.args, **kwargs: P.kwargs) -> R:
         taken.append(1)
         if len(taken) % steps == 0:
             os.kill(os.getpid(), signal.SIGINT)
-        return real(state, batch, noise, config, teacher, region)
+        return step(*args, **kwargs)
 
-    monkeypatch.setattr(train, "step", step)
+    return counted
 
 
 def assert_same_run(folder: Path, reference: Path) -> None:

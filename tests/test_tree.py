@@ -151,7 +151,7 @@ def test_maps_apply_to_every_leaf_in_its_place(made: Tree) -> None:
 def test_map2_refuses_trees_of_another_structure() -> None:
     leaf = torch.zeros(())
     for other in ((leaf, leaf), {"z": leaf, "a": leaf}, leaf, ()):
-        with pytest.raises(ValueError, match="Expected"):
+        with pytest.raises(ValueError, match="expected first and second alike"):
             tree.map2(torch.add, Pair(z=leaf, a=leaf), other)
 
 

@@ -108,7 +108,7 @@ def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane
 def _inputs(fisher: Net) -> Net:
     """The share of every input in the importance, 1 on average: of each matrix, with all experts as one.
 
-    What gate and up read is the same. That is `P + 4 H` numbers; only what is derived from them is used.
+    Gate and up read the same, and share theirs: 2 H numbers of state for the bank, H or P for each other matrix.
     """
     gate, up, down = fisher.experts
     read = (gate + up) / 2

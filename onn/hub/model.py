@@ -21,8 +21,6 @@ from onn.config import Value, from_dict
 from onn.functional.transform import Taps
 from onn.qwen3 import MAX_EXPERT_SIZE, MoeConfig
 
-MOST_TOKENS = 2**31
-"""Of one forward pass that is measured; more are a mistake."""
 VERSION = 1
 """Of `config.json`, as far as it is this library's."""
 
@@ -209,13 +207,12 @@ def tapped(model: nn.Module, *, names: tuple[F.TapName, ...], tokens: int) -> It
         One mapping for each carved layer, in order, of leaves that require a gradient.
 
     Raises:
-        ValueError: the model has no such layer, or is being measured already; an unknown name, or tokens below 0.
+        ValueError: the model has no such layer, or is being measured already; or as of `onn.functional.zero_taps`.
     """
     check.require(isinstance(model, nn.Module), f"tapped: expected a module as the model, got {type(model).__name__}.")
     layers = [module for module in model.modules() if isinstance(module, OnnMoe)]
     check.require(bool(layers), f"tapped: the model, {type(model).__name__}, has no OnnMoe layer to measure.")
     check.require(not any(layer.taps for layer in layers), "tapped: the model is being measured already.")
-    check.between("tapped", "tokens", tokens, 0, MOST_TOKENS)
     taps: list[Mapping[str, Tensor]] = []
     for layer in layers:
         zeros = F.zero_taps(names, tokens=tokens, experts=layer.experts())
