@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -180,7 +180,9 @@ def test_an_analytic_router_has_the_prototypes_of_its_experts_dtype_and_wide_thr
 
 
 @given(seed=st.integers(0, 2**20))
+@example(seed=305456)
 def test_a_representative_scores_what_it_does_with_rows_of_unit_length(seed: int) -> None:
+    """To rounding of products of unit rows and a token, which may cancel to less than that."""
     mlp, x = random_mlp(seed, neurons=8, hidden=5), normal(seed + 3, 4, 5)
     neurons = torch.tensor([6, 0, 3])
     scores = carve.representative_scores(mlp, neurons, x)
@@ -189,7 +191,8 @@ def test_a_representative_scores_what_it_does_with_rows_of_unit_length(seed: int
         for token in range(4):
             opened = gate @ x[token] / gate.norm()
             expected = (opened * torch.sigmoid(opened) * (up @ x[token]) / up.norm()).abs()
-            assert_close(scores[token, expert], expected, bound=BOUND)
+            error = float((scores[token, expert] - expected).abs())
+            assert error <= BOUND * float(x[token].square().sum())
 
 
 def shared_settings(*, target: float) -> StepConfig:
