@@ -18,6 +18,7 @@ from experiments import noise
 from experiments.command import exit_status
 from experiments.compiling import compiled
 from experiments.measure import Run, compare, report
+from experiments.memory import keep_freed_memory
 from experiments.study.arms import ARMS
 from experiments.study.lanes import Job, lanes, needs, plasticity
 from experiments.study.net import Examples
@@ -80,6 +81,7 @@ def variants(*, arm: str, optimizer: str) -> dict[str, Run]:
 
 def main(options: Options) -> None:
     """Measure, print the rows, and write them where that was asked for."""
+    keep_freed_memory()
     rows = []
     for arm, optimizer in (("root-neuron", "own"), ("all", "adamw")):
         rows += compare(

@@ -24,6 +24,7 @@ import tyro
 
 from experiments.command import exit_status
 from experiments.facts import facts
+from experiments.memory import keep_freed_memory
 from experiments.progress import progress
 from experiments.study import store
 from experiments.study.arms import (
@@ -119,15 +120,18 @@ class Study:
         )
 
     def trace(self, arms: Mapping[str, Arm]) -> None:
-        """The arms of the frontier at every rate, on all seeds."""
-        self._make(
-            Job(self.key(name, optimizer, rate, 0.0, seed), "frontier", arms[name])
+        """The arms of the frontier at every rate, on all seeds; what was evaluated is not run again."""
+        keys = [
+            self.key(name, optimizer, rate, 0.0, seed)
             for name in FRONTIER
             if name in arms
             for optimizer in arms[name].optimizers
             for rate in rates(optimizer)
             for seed in range(self.options.seeds)
-        )
+        ]
+        evaluated = [self.runs["evaluation", key]._replace(stage="frontier") for key in keys if self._is_evaluated(key)]
+        self._keep([run for run in evaluated if ("frontier", run.key) not in self.runs])
+        self._make(Job(key, "frontier", arms[key.arm]) for key in keys if not self._is_evaluated(key))
 
     def _tuned(self, name: str, arm: Arm, optimizer: Optimizer) -> tuple[float, float]:
         """The rate and strength of highest mean ACC; ties go to the lower rate."""
@@ -182,8 +186,14 @@ class Study:
                 if looked := [n for n, job in enumerate(chunk) if self._is_looked_at(job)]:
                     found = specialisations(chunk, looked, done, self.tasks)
                     store.append(self.folder / store.SPECIALISATIONS, found)
-                store.append(self.folder / store.RUNS, new)
-                self.runs.update(((stage, run.key), run) for run in new)
+                self._keep(new)
+
+    def _keep(self, new: Sequence[Run]) -> None:
+        store.append(self.folder / store.RUNS, new)
+        self.runs.update(((run.stage, run.key), run) for run in new)
+
+    def _is_evaluated(self, key: Key) -> bool:
+        return ("evaluation", key) in self.runs
 
     def _is_looked_at(self, job: Job) -> bool:
         key = job.key
@@ -199,6 +209,7 @@ def run(options: Options) -> Path:
     Raises:
         ValueError: an unknown arm, a bank out of bounds, or a folder of another study.
     """
+    keep_freed_memory()
     arms, bank = chosen_arms(options.arms), bank_of(options)
     explored = explorations(bank) if options.explore else {}
     folder = options.out or Path("runs") / f"forgetting-{datetime.now():%Y%m%d-%H%M%S}"

@@ -88,10 +88,24 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         ),
         "consolidate_without_root": Mutation(
             "consolidation by the importance instead of its root",
-            _SURPRISE,
+            "onn/functional/consolidation.py",
             "torch.rsqrt(rows + eps)",
             "1 / (rows + eps)",
             ("selection",),
+        ),
+        "centre_added": Mutation(
+            "what an expert's tokens share is added to its gradient instead of taken off",
+            "onn/functional/consolidation.py",
+            "g - (_weighted(",
+            "g + (_weighted(",
+            ("consolidation",),
+        ),
+        "whitened_by_half": Mutation(
+            "a whitened gradient without its scale",
+            "onn/functional/consolidation.py",
+            "(1 + damping) * torch.cholesky_inverse",
+            "torch.cholesky_inverse",
+            ("consolidation",),
         ),
         "silu_derivative": Mutation(
             "the derivative of SiLU without the term `1 + h (1 - sigmoid)`",

@@ -75,6 +75,11 @@ SPECS: dict[str, Spec] = {
         ROUTED,
         {"k": 2},
     ),
+    "centre_inputs": Spec(
+        lambda t, n: F.centre_inputs(experts(t), local(t), t["weights"], t["centre"]),
+        {**BANK, **LOCAL, **W, "centre": "float E H"},
+        THREE,
+    ),
     "consolidate": Spec(
         lambda t, n: F.consolidate(experts(t), t["importance"], form="root", strength=n["strength"], eps=n["eps"]),
         {**BANK, "importance": "float E I"},
@@ -97,6 +102,7 @@ SPECS: dict[str, Spec] = {
     "expert_choice_route": Spec(
         lambda t, n: F.expert_choice_route(t["logits"], capacity=int(n["capacity"])), LOGITS, ROUTED, {"capacity": 2}
     ),
+    "expert_means": Spec(lambda t, n: F.expert_means(t["x"], t["weights"]), {**X, **W}, ("E H",)),
     "expert_norms": Spec(lambda t, n: F.expert_norms(experts(t)), BANK, ("E",)),
     "first_k": Spec(
         lambda t, n: F.first_k(t["keys"], k=int(n["k"])), {"keys": "real T E"}, ("T E",), {"k": 2}, free=("keys",)
@@ -124,6 +130,9 @@ SPECS: dict[str, Spec] = {
     ),
     "load_balance_loss": Spec(
         lambda t, n: F.load_balance_loss(t["scores"], t["active"]), {"scores": "float T E", "active": "bool T E"}, ("",)
+    ),
+    "matrix_shares": Spec(
+        lambda t, n: F.matrix_shares(local(t), t["x"], t["weights"], t["dy"]), {**LOCAL, **X, **W, **DY}, ("3",)
     ),
     "max_k_mask": Spec(
         lambda t, n: F.max_k_mask(t["surprise"], t["active"], max_k=int(n["max_k"])),
@@ -227,6 +236,9 @@ SPECS: dict[str, Spec] = {
         lambda t, n: F.weight_surprise(t["counterfactual"], t["weights"]),
         {"counterfactual": "float T E", **W},
         ("T E",),
+    ),
+    "whiten_inputs": Spec(
+        lambda t, n: F.whiten_inputs(experts(t), t["x"], damping=n["damping"]), {**BANK, **X}, THREE, {"damping": 1.0}
     ),
     "z_loss": Spec(lambda t, n: F.z_loss(t["logits"]), LOGITS, ("",)),
 }

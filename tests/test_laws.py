@@ -123,9 +123,11 @@ LAWS: dict[str, Law] = {
         ("surprise",),
     ),
     "biased_top_k_route": Law(lambda m: F.biased_top_k_route(m.logits, m.router.thresholds, k=2, normalise=True)),
+    "centre_inputs": Law(lambda m: F.centre_inputs(m.experts, m.local, m.weights, F.expert_means(m.x, m.weights))),
     "consolidate": Law(
         lambda m: (
             F.consolidate(m.experts, m.surprise[:E, :I], form="root", strength=1.0, eps=1e-3),
+            F.consolidate(m.experts, m.surprise[:3, :E, None].expand(3, E, I), form="root", strength=1.0, eps=1e-3),
             F.consolidate(m.experts, m.surprise[0], form="bounded", strength=1.0, eps=1e-3),
         )
     ),
@@ -134,6 +136,7 @@ LAWS: dict[str, Law] = {
     "diversity_loss": Law(lambda m: F.diversity_loss(m.router.prototypes, eps=1e-6), ("",)),
     "expected_surprise": Law(lambda m: F.expected_surprise(m.logits, m.surprise, m.active), ("",)),
     "expert_choice_route": Law(lambda m: F.expert_choice_route(m.logits, capacity=2)),
+    "expert_means": Law(lambda m: F.expert_means(m.x, m.weights), ("",)),
     "expert_norms": Law(lambda m: F.expert_norms(m.experts), ("",)),
     "first_k": Law(lambda m: F.first_k(m.logits, k=2)),
     "forget_reborn": Law(lambda m: F.forget_reborn(m.experts.gate, m.plan)),
@@ -147,6 +150,7 @@ LAWS: dict[str, Law] = {
     "input_surprise": Law(lambda m: F.input_surprise(m.local, m.experts, m.weights), ("",)),
     "integrity_integral": Law(lambda m: F.integrity_integral(m.pi, delta=2.0), ("",)),
     "load_balance_loss": Law(lambda m: F.load_balance_loss(m.logits, m.active), ("",)),
+    "matrix_shares": Law(lambda m: F.matrix_shares(m.local, m.x, m.weights, m.dy), ("",)),
     "max_k_mask": Law(lambda m: F.max_k_mask(m.surprise, m.active, max_k=2)),
     "min_k_indices": Law(lambda m: F.min_k_indices(m.surprise, m.active, min_k=2)),
     "min_k_mask": Law(lambda m: F.min_k_mask(m.surprise, m.active, min_k=2)),
@@ -185,6 +189,7 @@ LAWS: dict[str, Law] = {
     "top_p_route": Law(lambda m: F.top_p_route(m.logits, p=0.7, normalise=True)),
     "usage": Law(lambda m: F.usage(m.routing)),
     "weight_surprise": Law(lambda m: F.weight_surprise(m.surprise, m.weights), ("",)),
+    "whiten_inputs": Law(lambda m: F.whiten_inputs(m.experts, m.x, damping=1.0)),
     "z_loss": Law(lambda m: F.z_loss(m.logits), ("",)),
     "zero_taps": Law(lambda m: F.zero_taps(("surprise", "neuron"), tokens=T, experts=m.experts), ("",)),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import onn.functional as F
-from onn.functional.surprise import Form
+from onn.functional.consolidation import Form
 from tests.support import assert_close, assert_same, make_case, normal, tolerance
 
 BOUND = tolerance(torch.float64, terms=64)

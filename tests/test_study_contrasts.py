@@ -33,7 +33,7 @@ MEANS: Mapping[str, float] = {
 }
 SPREAD: Mapping[str, float] = {"output-2": 0.1}
 COUNT = len(contrasts.primary()) + 1
-MADE = sum("centred-neuron" not in contrast.claim for contrast in contrasts.primary())
+MADE = sum("whitened-neuron" not in contrast.claim for contrast in contrasts.primary())
 """Contrasts of the arms above; the other arm of ours is in no study here."""
 
 
@@ -140,7 +140,7 @@ def test_planted_differences_are_found_and_judged() -> None:
         assert finding.falsifier.startswith("Would have been refuted by ")
     assert len(found) == len(expected) == MADE
     *others, missing = not_run
-    assert all("centred-neuron" in other for other in others)
+    assert all("whitened-neuron" in other for other in others)
     assert "digits-permuted" in missing
     assert "PI" in missing
 

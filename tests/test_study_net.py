@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import onn.functional as F
+from experiments.study.arms import Centre
 from experiments.study.net import Examples, Learnt, Net, forward, learn, rank
 from onn import tree
 from tests.study_nets import C, E, T, but_the_experts, examples, net
@@ -30,16 +31,17 @@ def everything(_: object, surprise: Tensor, __: Tensor) -> Tensor:
     return torch.ones_like(surprise, dtype=torch.bool)
 
 
-def learnt(model: Net, batch: Examples, *, centred: bool = False) -> Learnt:
+def learnt(model: Net, batch: Examples, *, centre: Centre = Centre.NOTHING, whitened: bool = False) -> Learnt:
     return learn(
         model,
         batch,
         activate=most_like,
         select=lambda seen, _, __: seen.active,
         teach=nothing,
-        centred=torch.tensor(centred),
+        centre=torch.tensor(centre.value),
         by_weight=True,
         features=not batch.residual.shape[-1],
+        whitened=whitened,
     )
 
 
@@ -65,6 +67,8 @@ def test_gradients_surprise_and_squares_are_those_of_autograd_token_by_token(of_
         [torch.stack(column).square().sum(dim=0) / T**2 for column in zip(*map(tree.leaves, tokens), strict=True)],
     )
     assert_close(got.squares, squares, bound=BOUND)
+    by_matrix = torch.stack([matrix.sum() for matrix in squares.experts])
+    assert_close(got.shares, by_matrix / by_matrix.mean(), bound=BOUND)
     by_row = tree.map1(lambda leaf: leaf.sum(dim=-1), squares)
     rows = got.rows
     assert_close((rows.features, rows.prototypes, rows.readout), but_the_experts(by_row), bound=BOUND)
@@ -88,9 +92,10 @@ def test_a_selection_masks_the_experts_gradient_as_in_the_specification_and_noth
         activate=most_like,
         select=lambda seen, surprise, _: F.min_k_mask(surprise, seen.active, min_k=1),
         teach=nothing,
-        centred=torch.tensor(False),
+        centre=torch.tensor(Centre.NOTHING.value),
         by_weight=False,
         features=not of_text,
+        whitened=False,
     )
     seen = whole.seen
     d_y = torch.func.vjp(lambda mixed: _loss_of(model, batch, mixed), seen.mixed)[1](
@@ -122,9 +127,10 @@ def test_the_router_learns_from_its_lesson_as_autograd_would_teach_it(seed: int)
         activate=most_like,
         select=lambda seen, _, __: seen.active,
         teach=lesson,
-        centred=torch.tensor(False),
+        centre=torch.tensor(Centre.NOTHING.value),
         by_weight=False,
         features=True,
+        whitened=False,
     )
 
     def total(candidate: Net) -> Tensor:
@@ -134,15 +140,30 @@ def test_the_router_learns_from_its_lesson_as_autograd_would_teach_it(seed: int)
     assert_close(taught.grads, tree.grad(total)(model), bound=BOUND)
 
 
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("centre", list(Centre))
+@BOTH
 @given(seed=SEEDS)
-def test_a_centred_gradient_has_no_part_along_the_mean_input_of_equal_tokens(seed: int) -> None:
-    model, batch = net(seed), examples(seed + 10)
-    same = batch._replace(inputs=batch.inputs[:1].expand_as(batch.inputs))
-    got = learnt(model, same, centred=True).grads.experts
-    reference = learnt(model, same).grads.experts
-    for name in ("gate", "up"):
-        assert float(getattr(got, name).norm()) <= BOUND * float(getattr(reference, name).norm() + 1)
-    assert_close(got.down, reference.down, bound=BOUND)
+def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_and_nothing_else_changes(
+    of_text: bool, centre: Centre, whitened: bool, seed: int
+) -> None:
+    model, batch = net(seed, of_text=of_text), examples(seed + 10, of_text=of_text)
+    got, plain = learnt(model, batch, centre=centre, whitened=whitened), learnt(model, batch)
+    x, weights = plain.seen.x, plain.seen.weights
+    d_y = torch.func.grad(lambda mixed: _loss_of(model, batch, mixed))(plain.seen.mixed)
+    local, _ = F.bank_local(model.experts, plain.seen.residuals, d_y)
+    taken = {
+        Centre.NOTHING: torch.zeros_like(model.prototypes),
+        Centre.BATCH: x.mean(dim=0).expand(E, -1),
+        Centre.EXPERT: F.expert_means(x, weights),
+    }
+    expected = F.centre_inputs(plain.grads.experts, local, weights, taken[centre])
+    if whitened:
+        expected = F.whiten_inputs(expected, x, damping=1.0)
+    assert_close(got.grads.experts, expected, bound=BOUND)
+    assert_close(got.shares, F.matrix_shares(local, x, weights, d_y), bound=BOUND)
+    assert_close(but_the_experts(got.grads), but_the_experts(plain.grads), bound=BOUND)
+    assert_close((got.rows, got.surprise), (plain.rows, plain.surprise), bound=BOUND)
 
 
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=9))

@@ -150,6 +150,32 @@ def test_the_root_form_is_consolidate_with_importance_by_weight(grain: Grain, se
     assert_close(moved, expected, bound=tolerance(torch.float64, terms=100, slack=1e7))
 
 
+@pytest.mark.parametrize("grain", [Grain.EXPERT, Grain.NEURON])
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_a_split_importance_is_divided_among_the_matrices_as_the_squared_gradients_of_the_batch(
+    grain: Grain, seed: int
+) -> None:
+    before, _ = start(seed, job())
+    plain, whole, split = (
+        run(one, seed, 1)
+        for one in (job(), job("own", root=0.5, grain=grain), job("own", root=0.5, grain=grain, split=True))
+    )
+    assert_same((split.importance, but_the_experts(split.net)), (whole.importance, but_the_experts(whole.net)))
+    importance = split.importance.experts / (3 * H)
+    if grain == Grain.EXPERT:
+        importance = importance.mean(dim=1, keepdim=True)
+    squares = learnt(before.net, examples(seed + 20)).squares
+    assert squares
+    by_matrix = torch.stack([matrix.sum() for matrix in squares.experts])
+    grads, steps = (
+        tree.map2(lambda old, new: (old - new) / 0.1, before.net.experts, after.net.experts) for after in (plain, split)
+    )
+    for share, g, got in zip(by_matrix / by_matrix.mean(), grads, steps, strict=True):
+        expected = g / (importance[..., None] * share + ROOT_EPS).sqrt()
+        assert_close(got, expected, bound=tolerance(torch.float64, terms=100, slack=1e7))
+
+
 @pytest.mark.parametrize("grain", [Grain.EXPERT_INPUT, Grain.NEURON_INPUT])
 @settings(max_examples=8)
 @given(seed=SEEDS)
@@ -260,7 +286,7 @@ def test_lanes_do_not_see_each_other() -> None:
     names = {"smk-2": "sgd", "random-2": "adamw", "replay": "adagrad", "surprise-route": "sgd", "si": "adamw"}
     jobs = [job(optimizer, strength=0.1, seed=n) for n, optimizer in enumerate(names.values())]
     jobs = [one._replace(arm=ARMS[name]) for one, name in zip(jobs, names, strict=True)]
-    kind = Needs(*(True,) * 5)
+    kind = Needs(*(True,) * len(Needs._fields))
     columns = numbers(jobs)
     states = [init_state(net(n), kind) for n in range(len(jobs))]
     batches, stored = ([examples(n + at) for n in range(len(jobs))] for at in (20, 70))

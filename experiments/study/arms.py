@@ -55,6 +55,16 @@ class Grain(IntEnum):
     NEURON_INPUT = 4
 
 
+class Centre(IntEnum):
+    """What is taken off the inputs of the experts before their gate and up projections learn from them."""
+
+    NOTHING = 0
+    BATCH = 1
+    """The mean of the batch."""
+    EXPERT = 2
+    """The mean of each expert's own tokens, by combine weight."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
     """One way to learn. What is left at its default is updating everything."""
@@ -88,8 +98,11 @@ class Arm:
     importance_decay: float = 1.0
     """Of the importance, each step."""
     momentum: float = 0.0
-    centred: bool = False
-    """Experts learn from their inputs less the batch's mean, which all tasks share."""
+    centre: Centre = Centre.NOTHING
+    whitened: bool = False
+    """The batch's inputs are damped along the directions that they share, before gate and up learn from them."""
+    split: bool = False
+    """An expert's or neuron's importance is divided among gate, up and down as the batch's squared gradients are."""
     penalty: Penalty = "none"
     replay: bool = False
     project: bool = False
@@ -180,20 +193,36 @@ def _consolidations() -> dict[str, Arm]:
             strengths=(3.0, 30.0, 300.0),
         )
     return found | {
-        "centred": Arm(note="everything learns, experts from inputs less the batch's mean", centred=True),
+        "centred": Arm(note="everything learns, experts from inputs less the batch's mean", centre=Centre.BATCH),
         "centred-neuron": Arm(
             note="surprise consolidation by neuron, experts from inputs less the batch's mean",
             root=0.5,
-            centred=True,
+            centre=Centre.BATCH,
+            optimizers=("own",),
+        ),
+        "self-centred": Arm(note="everything learns, experts from inputs less their own mean", centre=Centre.EXPERT),
+        "self-centred-neuron": Arm(
+            note="surprise consolidation by neuron, split by matrix, experts from inputs less their own mean",
+            root=0.5,
+            centre=Centre.EXPERT,
+            split=True,
+            optimizers=("own",),
+        ),
+        "whitened-neuron": Arm(
+            note="the same, the experts' inputs whitened",
+            root=0.5,
+            centre=Centre.EXPERT,
+            whitened=True,
+            split=True,
             optimizers=("own",),
         ),
     }
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(_baselines() | _selections() | _consolidations())
-FRONTIER = ("smk-2", "random-2", "all", "root-neuron", "centred-neuron")
+FRONTIER = ("smk-2", "random-2", "all", "root-neuron", "whitened-neuron")
 """Arms that are tried on all seeds along the whole grid."""
-SPECIALISED = ("all", "smk-2", "random-2", "balance-route", "surprise-route", "root-neuron", "centred-neuron")
+SPECIALISED = ("all", "smk-2", "random-2", "balance-route", "surprise-route", "root-neuron", "whitened-neuron")
 """Arms whose experts are looked at one by one."""
 
 
@@ -203,7 +232,7 @@ def _explorations() -> dict[str, Arm]:
     densities = (1 / 32, 1 / 16, 1 / 8, 1 / 2, 1.0)
     changed = {
         **{f"power {power:g}": replace(ours, root=power) for power in (0.25, 0.4, 0.6, 0.75, 1.0)},
-        **{f"centred, power {power:g}": replace(ours, root=power, centred=True) for power in (0.4, 0.6)},
+        **{f"centred, power {power:g}": replace(ours, root=power, centre=Centre.BATCH) for power in (0.4, 0.6)},
         **{f"decay {decay:g}": replace(ours, importance_decay=decay) for decay in (0.99, 0.999)},
         "momentum 0.9": replace(ours, momentum=0.9),
         "experts alone": replace(ours, everywhere=False),
@@ -213,9 +242,14 @@ def _explorations() -> dict[str, Arm]:
         "frozen router": replace(ours, router_moves=False),
         "by expert and input": replace(ours, grain=Grain.EXPERT_INPUT),
         "by neuron and input": replace(ours, grain=Grain.NEURON_INPUT),
-        "centred, by expert and input": replace(ours, grain=Grain.EXPERT_INPUT, centred=True),
-        "centred, by neuron and input": replace(ours, grain=Grain.NEURON_INPUT, centred=True),
-        "centred, by weight": replace(ours, grain=Grain.WEIGHT, centred=True),
+        "centred, by expert and input": replace(ours, grain=Grain.EXPERT_INPUT, centre=Centre.BATCH),
+        "centred, by neuron and input": replace(ours, grain=Grain.NEURON_INPUT, centre=Centre.BATCH),
+        "centred, by weight": replace(ours, grain=Grain.WEIGHT, centre=Centre.BATCH),
+        "split": replace(ours, split=True),
+        "self-centred": replace(ours, centre=Centre.EXPERT),
+        "whitened": replace(ours, whitened=True),
+        "self-centred, by expert, split": replace(ours, grain=Grain.EXPERT, centre=Centre.EXPERT, split=True),
+        "self-centred, by weight": replace(ours, grain=Grain.WEIGHT, centre=Centre.EXPERT),
         **{f"density 1/{1 / density:g}": replace(ours, active=density) for density in densities},
     }
     dense = {

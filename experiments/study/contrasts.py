@@ -17,7 +17,7 @@ from experiments.study.arms import OPTIMIZERS
 from experiments.study.records import Run
 from experiments.study.statistics import Interval, Point
 
-OURS = ("root-neuron", "centred-neuron")
+OURS = ("root-neuron", "whitened-neuron")
 """Arms that are held against the strongest baselines."""
 JOINT = "joint"
 """The arm that has all tasks at once: nothing of it tells of forgetting."""

@@ -37,6 +37,7 @@ def needs(job: Job) -> Needs:
         memory=memory,
         dynamic=arm.dynamic,
         features=job.key.regime == "everything" and job.key.family != "text",
+        whitened=arm.whitened,
     )
 
 
@@ -69,7 +70,8 @@ def _lane(job: Job) -> Lane:
         "grain": arm.grain.value,
         "everywhere": float(arm.everywhere),
         "importance_decay": arm.importance_decay,
-        "centred": arm.centred,
+        "centre": arm.centre.value,
+        "split": arm.split,
         "penalty": job.key.strength if arm.penalty != "none" else 0.0,
         "path": arm.penalty == "si",
         "replay": arm.replay,

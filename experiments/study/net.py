@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, rms_norm
 
 import onn.functional as F
+from experiments.study.arms import Centre
 from onn import tree
 from onn.functional.kernels.dense import expert_gradient, input_gradient
 
@@ -95,8 +96,10 @@ class Learnt(NamedTuple):
     grads: Net
     rows: Rows
     """Squared contributions of the tokens to the gradients, by row: `F.neuron_surprise` for the experts."""
+    shares: Tensor
+    """[3]: of gate, up and down in the experts' `rows`, 1 on average."""
     squares: Net | tuple[()]
-    """The same by weight, where asked for."""
+    """`rows` by weight, where asked for."""
     seen: Seen
 
 
@@ -153,9 +156,10 @@ def learn(
     activate: Activate,
     select: Select,
     teach: Teach,
-    centred: Tensor,
+    centre: Tensor,
     by_weight: bool,
     features: bool,
+    whitened: bool,
 ) -> Learnt:
     """Loss, surprise, gradients and squared gradients of a batch.
 
@@ -165,9 +169,10 @@ def learn(
         activate: the route.
         select: which pairs the experts learn from; nothing else is masked.
         teach: what the router minimises beside the loss; its inputs are constants to all others.
-        centred: scalar bool: whether the experts' projections learn from their inputs less the batch's mean.
+        centre: scalar, of `Centre`: what the experts' gate and up projections learn from their inputs less of.
         by_weight: whether the squares by weight are wanted, which cost one product more for each matrix.
         features: whether the gradient of the features is wanted; zeros otherwise.
+        whitened: whether the experts' gate and up projections learn from inputs by `F.whiten_inputs`.
     """
     tokens, residual = batch.labels.shape[0], batch.residual
     seen = forward(net, batch.inputs, residual, activate)
@@ -190,11 +195,11 @@ def learn(
     if features:
         w1, w3, _ = (part * seen.weights[..., None] for part in local)
         d_before = _through_norm(seen.before, seen.x, d_x + input_gradient(net.experts, w1, w3))
-    source = seen.x - torch.where(centred, seen.x.mean(dim=0), 0)
+    experts = F.centre_inputs(expert_gradient(d1, d3, a, seen.x, d_mixed), local, kept, _centre(seen, centre))
     grads = Net(
         features=d_before.mT @ pixels,
         prototypes=d_prototypes,
-        experts=expert_gradient(d1, d3, a, source, d_mixed),
+        experts=F.whiten_inputs(experts, seen.x, damping=1.0) if whitened else experts,
         readout=d_logits.mT @ seen.y,
     )
     norms = net.prototypes.square().sum(dim=-1).clamp_min(EPS**2)
@@ -217,11 +222,19 @@ def learn(
         loss=-(target * log_p).sum(dim=-1).mean(),
         tau=-(p * log_p).sum(dim=-1).mean(),
         surprise=surprise,
+        shares=F.matrix_shares(local, seen.x, kept, d_mixed),
         grads=tree.map1(lambda g: g * scale, grads),
         rows=tree.map1(lambda g: g * scale**2, rows),
         squares=tree.map1(lambda g: g * scale**2, squares) if isinstance(squares, Net) else (),
         seen=seen,
     )
+
+
+def _centre(seen: Seen, centre: Tensor) -> Tensor:
+    """What is taken off the inputs of every expert, [E, H]."""
+    own = F.expert_means(seen.x, seen.weights)
+    shared = torch.where(centre == Centre.BATCH.value, seen.x.mean(dim=0), 0)
+    return torch.where(centre == Centre.EXPERT.value, own, shared)
 
 
 def _row_squares(d: Tensor, source: Tensor) -> Tensor:

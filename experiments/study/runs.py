@@ -191,7 +191,7 @@ def _relative_change(before: F.Experts, after: F.Experts) -> Tensor:
 
 def _evaluated(state: State, lane: Lane, data: Tasks, kind: Needs) -> list[Seen]:
     return [
-        _evaluator(Needs(*(False,) * 5)._replace(dynamic=kind.dynamic))(
+        _evaluator(Needs(*(False,) * len(Needs._fields))._replace(dynamic=kind.dynamic))(
             state.net,
             state.ledger.thresholds,
             lane,

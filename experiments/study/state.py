@@ -27,6 +27,8 @@ class Needs(NamedTuple):
     """Thresholds."""
     features: bool
     """The gradient of the features."""
+    whitened: bool
+    """The experts' gradient with their inputs whitened: of all lanes at once."""
 
 
 class Lane(NamedTuple):
@@ -54,7 +56,8 @@ class Lane(NamedTuple):
     grain: Tensor
     everywhere: Tensor
     importance_decay: Tensor
-    centred: Tensor
+    centre: Tensor
+    split: Tensor
     """bool"""
     penalty: Tensor
     path: Tensor

@@ -56,9 +56,10 @@ def step(
             activate=lambda affinity: activate(affinity, ledger.thresholds, lane, needs),
             select=lambda seen, surprise, output: _selected(seen, surprise, output, noise, ledger, lane),
             teach=lambda scores, surprise, active: _taught(scores, surprise, active, lane),
-            centred=lane.centred,
+            centre=lane.centre,
             by_weight=needs.penalty,
             features=needs.features,
+            whitened=needs.whitened,
         )
 
     learnt = learnt_from(batch)
@@ -85,7 +86,9 @@ def step(
     moments, course = direction(state.moments, penalised, ledger, learns, lane)
     steps = rates(net, plastic, lane)
     shrink = where_learns(tree.map2(lambda p, rate: rate * WEIGHT_DECAY * lane.adam * p, net, steps), learns)
-    moved = tree.map2(torch.mul, tree.map2(torch.mul, course, hardening(importance, penalties, net, lane)), steps)
+    moved = tree.map2(
+        torch.mul, tree.map2(torch.mul, course, hardening(importance, learnt.shares, penalties, net, lane)), steps
+    )
     new = tree.map2(torch.sub, net, tree.map2(torch.add, moved, shrink))
     if isinstance(penalties, Penalties):
         change = tree.map2(torch.sub, new, net)

@@ -69,7 +69,7 @@ def _like(net: Net, rest: Tensor, experts: Tensor) -> Net:
     return tree.map1(lambda _: rest, net)._replace(experts=F.Experts(experts, experts, experts))
 
 
-def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane: Lane) -> Net:
+def hardening(importance: Rows, shares: Tensor, penalties: Penalties | tuple[()], net: Net, lane: Lane) -> Net:
     """What consolidation multiplies the steps with: 1 where it is off.
 
     Importance is taken by weight, the sum over the weights it stands for divided by their number, so that one learning
@@ -80,10 +80,11 @@ def hardening(importance: Rows, penalties: Penalties | tuple[()], net: Net, lane
     by_expert = by_neuron.mean(dim=1, keepdim=True).expand(E, I)
     whole = (lane.grain == Grain.EXPERT.value) | (lane.grain == Grain.EXPERT_INPUT.value)
     experts = torch.where(whole, by_expert, by_neuron)[..., None]
+    gate, up, down = (experts * share for share in torch.where(lane.split, shares, 1))
     rows = Net(
         features=importance.features[:, None] / net.features.shape[1],
         prototypes=importance.prototypes[:, None] / H,
-        experts=F.Experts(experts, experts, experts),
+        experts=F.Experts(gate, up, down),
         readout=importance.readout[:, None] / H,
     )
     if isinstance(penalties, Penalties):

@@ -1,5 +1,20 @@
 """What a notebook imports as `F`: routing, experts, surprise, integrity, losses and lifecycle, all pure functions."""
 
+from onn.functional.consolidation import (
+    centre_inputs as centre_inputs,
+)
+from onn.functional.consolidation import (
+    consolidate as consolidate,
+)
+from onn.functional.consolidation import (
+    expert_means as expert_means,
+)
+from onn.functional.consolidation import (
+    matrix_shares as matrix_shares,
+)
+from onn.functional.consolidation import (
+    whiten_inputs as whiten_inputs,
+)
 from onn.functional.experts import (
     Backend as Backend,
 )
@@ -119,9 +134,6 @@ from onn.functional.routing import (
 )
 from onn.functional.routing import (
     top_p_route as top_p_route,
-)
-from onn.functional.surprise import (
-    consolidate as consolidate,
 )
 from onn.functional.surprise import (
     counterfactual_surprise as counterfactual_surprise,

@@ -9,28 +9,13 @@ combine weight 1) `c1 = u h3 silu'(h1)` and `c3 = u silu(h1)` of the two pre-act
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from onn import check
 from onn.functional.kernels.local import neuron_squares, unit_norms
-from onn.functional.types import Experts, Local, reduction_dtype
-
-Form = Literal["root", "bounded"]
-
-
-def _parts(where: str, local: Local) -> list[tuple[str, Tensor, str]]:
-    """What `check.shapes` needs to know of them."""
-    check.instance(where, "local", local, Local)
-    return [(name, part, "float T E I") for name, part in zip(Local._fields, local, strict=True)]
-
-
-def _matrices(where: str, name: str, experts: Experts) -> list[tuple[str, Tensor, str]]:
-    check.instance(where, name, experts, Experts)
-    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
+from onn.functional.types import Experts, Local, bank_parts, local_parts, reduction_dtype
 
 
 def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
@@ -50,7 +35,7 @@ def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
     """
     check.shapes(
         "counterfactual_surprise",
-        *_parts("counterfactual_surprise", local),
+        *local_parts("counterfactual_surprise", local),
         ("x", x, "float T H"),
         ("dy", dy, "float T H"),
     )
@@ -76,7 +61,7 @@ def parameter_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> 
     check.shapes(
         "parameter_surprise",
         ("weights", weights, "float T E"),
-        *_parts("parameter_surprise", local),
+        *local_parts("parameter_surprise", local),
         ("x", x, "float T H"),
     )
     return weight_surprise(counterfactual_surprise(local, x, dy), weights)
@@ -141,8 +126,8 @@ def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
     check.shapes(
         "input_surprise",
         ("weights", weights, "float T E"),
-        *_parts("input_surprise", local),
-        *_matrices("input_surprise", "experts", experts),
+        *local_parts("input_surprise", local),
+        *bank_parts("input_surprise", "experts", experts),
     )
     check.one_dtype("input_surprise", c1=local.c1, c3=local.c3, gate=experts.gate, up=experts.up)
     to_input = torch.einsum("tei,eih->teh", local.c1, experts.gate) + torch.einsum("tei,eih->teh", local.c3, experts.up)
@@ -170,7 +155,7 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
     """
     check.shapes(
         "neuron_surprise",
-        *_parts("neuron_surprise", local),
+        *local_parts("neuron_surprise", local),
         ("x", x, "float T H"),
         ("weights", weights, "float T E"),
         ("dy", dy, "float T H"),
@@ -279,7 +264,7 @@ def expert_norms(grads: Experts) -> Tensor:
     Returns:
         [E], float32 (float64 for float64 inputs).
     """
-    check.shapes("expert_norms", *_matrices("expert_norms", "grads", grads))
+    check.shapes("expert_norms", *bank_parts("expert_norms", "grads", grads))
     norms = [vector_norm(g, dim=(-2, -1), dtype=reduction_dtype(g.dtype)) for g in grads]
     return torch.hypot(torch.hypot(norms[0], norms[1]), norms[2])
 
@@ -297,38 +282,3 @@ def select_min_k(grads: Experts, *, min_k: int) -> Experts:
     norms = expert_norms(grads)
     keep = min_k_mask(norms[None], (norms != 0)[None], min_k=min_k)[0, :, None, None]
     return Experts(*(torch.where(keep, g, 0) for g in grads))
-
-
-def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: float, eps: float) -> Experts:
-    """Surprise consolidation: what has been surprised much has learnt, and hardens.
-
-    Args:
-        grads: [E, I, H] each.
-        importance: `F`, accumulated squared surprise: by neuron [E, I] (`neuron_surprise`), or by expert [E].
-        form: `root` scales by `1 / sqrt(F + eps)`, Adagrad with one scalar a neuron (take steps of `lr * sqrt(H)`);
-            `bounded` by `1 / (1 + strength F / mean F)`, which fits under another optimizer.
-        strength: of the bounded form; at 0 nothing is changed.
-        eps: above 0, of the root form, and floor of the mean of the bounded one, which is over the finite entries.
-
-    Returns:
-        The scaled gradients, in their dtype; where `F` is equal, equal gradients stay equal.
-
-    References:
-        Adagrad (Duchi et al., 2011); online EWC (Schwarz et al., 1805.06370).
-    """
-    check.instance("consolidate", "importance", importance, Tensor)
-    by_expert = importance.ndim == 1
-    check.shapes(
-        "consolidate",
-        *_matrices("consolidate", "grads", grads),
-        ("importance", importance, "float E" if by_expert else "float E I"),
-    )
-    check.one_of("consolidate", "form", form, get_args(Form))
-    check.weight("consolidate", "strength", strength)
-    check.positive("consolidate", "eps", eps)
-    rows = importance[:, None] if by_expert else importance
-    finite = torch.isfinite(importance)
-    mean = torch.where(finite, importance, 0).sum() / finite.sum().clamp_min(1)
-    bound = 1 + strength * rows / mean.clamp_min(eps)
-    scale = torch.rsqrt(rows + eps) if form == "root" else 1 / bound
-    return Experts(*(g * scale[..., None].to(g.dtype) for g in grads))
