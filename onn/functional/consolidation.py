@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from onn import check
-from onn.functional.types import Experts, Local, bank_parts, local_parts, reduction_dtype
+from onn.functional.kernels.entries import bank_parts, local_parts
+from onn.functional.types import Experts, Local, reduction_dtype
 
 Form = Literal["root", "bounded"]
 
@@ -39,7 +40,7 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     """
     check.instance("consolidate", "importance", importance, Tensor)
     dims = {1: "float E", 3: "float 3 E I"}.get(importance.ndim, "float E I")
-    check.shapes("consolidate", *bank_parts("consolidate", "grads", grads), ("importance", importance, dims))
+    check.shapes("consolidate", *bank_parts(grads, where="consolidate", name="grads"), ("importance", importance, dims))
     check.one_of("consolidate", "form", form, get_args(Form))
     check.weight("consolidate", "strength", strength)
     check.positive("consolidate", "eps", eps)
@@ -65,7 +66,7 @@ def matrix_shares(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tenso
     """
     check.shapes(
         "matrix_shares",
-        *local_parts("matrix_shares", local),
+        *local_parts(local, where="matrix_shares"),
         ("x", x, "float T H"),
         ("weights", weights, "float T E"),
         ("dy", dy, "float T H"),
@@ -113,8 +114,8 @@ def centre_inputs(grads: Experts, local: Local, weights: Tensor, centre: Tensor)
     """
     check.shapes(
         "centre_inputs",
-        *bank_parts("centre_inputs", "grads", grads),
-        *local_parts("centre_inputs", local),
+        *bank_parts(grads, where="centre_inputs", name="grads"),
+        *local_parts(local, where="centre_inputs"),
         ("weights", weights, "float T E"),
         ("centre", centre, "float E H"),
     )
@@ -143,7 +144,7 @@ def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
     References:
         The input's factor of K-FAC (Martens and Grosse, 1503.05671), damped, of one batch.
     """
-    check.shapes("whiten_inputs", *bank_parts("whiten_inputs", "grads", grads), ("x", x, "float T H"))
+    check.shapes("whiten_inputs", *bank_parts(grads, where="whiten_inputs", name="grads"), ("x", x, "float T H"))
     check.positive("whiten_inputs", "damping", damping)
     dtype = reduction_dtype(x.dtype)
     inputs, size = x.to(dtype), x.shape[-1]

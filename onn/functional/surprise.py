@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from onn import check
+from onn.functional.kernels.entries import bank_parts, local_parts
 from onn.functional.kernels.local import neuron_squares, unit_norms
-from onn.functional.types import Experts, Local, bank_parts, local_parts, reduction_dtype
+from onn.functional.types import Experts, Local, reduction_dtype
 
 
 def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
     """
     check.shapes(
         "counterfactual_surprise",
-        *local_parts("counterfactual_surprise", local),
+        *local_parts(local, where="counterfactual_surprise"),
         ("x", x, "float T H"),
         ("dy", dy, "float T H"),
     )
@@ -61,7 +62,7 @@ def parameter_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> 
     check.shapes(
         "parameter_surprise",
         ("weights", weights, "float T E"),
-        *local_parts("parameter_surprise", local),
+        *local_parts(local, where="parameter_surprise"),
         ("x", x, "float T H"),
     )
     return weight_surprise(counterfactual_surprise(local, x, dy), weights)
@@ -126,8 +127,8 @@ def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
     check.shapes(
         "input_surprise",
         ("weights", weights, "float T E"),
-        *local_parts("input_surprise", local),
-        *bank_parts("input_surprise", "experts", experts),
+        *local_parts(local, where="input_surprise"),
+        *bank_parts(experts, where="input_surprise", name="experts"),
     )
     check.one_dtype("input_surprise", c1=local.c1, c3=local.c3, gate=experts.gate, up=experts.up)
     to_input = torch.einsum("tei,eih->teh", local.c1, experts.gate) + torch.einsum("tei,eih->teh", local.c3, experts.up)
@@ -155,7 +156,7 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
     """
     check.shapes(
         "neuron_surprise",
-        *local_parts("neuron_surprise", local),
+        *local_parts(local, where="neuron_surprise"),
         ("x", x, "float T H"),
         ("weights", weights, "float T E"),
         ("dy", dy, "float T H"),
@@ -264,7 +265,7 @@ def expert_norms(grads: Experts) -> Tensor:
     Returns:
         [E], float32 (float64 for float64 inputs).
     """
-    check.shapes("expert_norms", *bank_parts("expert_norms", "grads", grads))
+    check.shapes("expert_norms", *bank_parts(grads, where="expert_norms", name="grads"))
     norms = [vector_norm(g, dim=(-2, -1), dtype=reduction_dtype(g.dtype)) for g in grads]
     return torch.hypot(torch.hypot(norms[0], norms[1]), norms[2])
 

@@ -82,15 +82,3 @@ def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     check.instance("reduction_dtype", "dtype", dtype, torch.dtype)
     tiny = dtype.is_floating_point and dtype.itemsize == 1  # torch promotes none of these
     return torch.float32 if tiny else torch.promote_types(dtype, torch.float32)
-
-
-def local_parts(where: str, local: Local) -> list[tuple[str, Tensor, str]]:
-    """What `check.shapes` needs to know of `local`."""
-    check.instance(where, "local", local, Local)
-    return [(name, part, "float T E I") for name, part in zip(Local._fields, local, strict=True)]
-
-
-def bank_parts(where: str, name: str, experts: Experts) -> list[tuple[str, Tensor, str]]:
-    """What `check.shapes` needs to know of a bank, or of its gradients."""
-    check.instance(where, name, experts, Experts)
-    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]

@@ -1,0 +1,20 @@
+"""Trees as entries of `check.shapes`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from onn import check
+from onn.functional.types import Experts, Local
+
+
+def local_parts(local: Local, *, where: str) -> list[tuple[str, Tensor, str]]:
+    """One entry for each part; raises `ValueError` where it is no `Local`."""
+    check.instance(where, "local", local, Local)
+    return [(name, part, "float T E I") for name, part in zip(Local._fields, local, strict=True)]
+
+
+def bank_parts(experts: Experts, *, where: str, name: str) -> list[tuple[str, Tensor, str]]:
+    """One entry for each matrix of a bank or of its gradients, `name`; raises `ValueError` where it is no `Experts`."""
+    check.instance(where, name, experts, Experts)
+    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
