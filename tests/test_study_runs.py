@@ -221,8 +221,11 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
     assert whole.name == "report.html"
     calls: list[int] = []
 
+    asked: set[tuple[str, Key]] = set()
+
     def stops(*args: object) -> runs.Trained:
         calls.append(1)
+        asked.update((job.stage, job.key) for job in args[0])  # type: ignore[attr-defined]
         if len(calls) == 3:
             raise KeyboardInterrupt
         return carry_out(*args)  # type: ignore[arg-type]
@@ -241,6 +244,11 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
         return {(run.stage, run.key): run for run in found.runs}
 
     assert by_key(results[0]) == by_key(results[1])
+    made = by_key(results[0])
+    shared = {key for stage, key in made if stage == "frontier" and ("evaluation", key) in made}
+    assert shared
+    assert all(made["frontier", key] == made["evaluation", key]._replace(stage="frontier") for key in shared)
+    assert asked == {(stage, key) for stage, key in made if stage != "frontier" or key not in shared}
     assert results[0].specialisations == results[1].specialisations
     seeds = {run.stage: {r.key.seed for r in results[0].runs if r.stage == run.stage} for run in results[0].runs}
     assert seeds == {"tuning": {1000}, "evaluation": {0, 1}, "frontier": {0, 1}}
