@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -223,12 +223,12 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
 
     asked: set[tuple[str, Key]] = set()
 
-    def stops(*args: object) -> runs.Trained:
+    def stops(jobs: Sequence[Job], *args: object) -> runs.Trained:
         calls.append(1)
-        asked.update((job.stage, job.key) for job in args[0])  # type: ignore[attr-defined]
+        asked.update((job.stage, job.key) for job in jobs)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return carry_out(*args)  # type: ignore[arg-type]
+        return carry_out(jobs, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(forgetting, "carry_out", stops)
     monkeypatch.setattr(forgetting, "write_report", lambda folder, _: folder)
