@@ -209,7 +209,7 @@ def _consolidations() -> dict[str, Arm]:
             optimizers=("own",),
         ),
         "whitened-neuron": Arm(
-            note="the same, the experts' inputs whitened",
+            note="self-centred-neuron, the experts' inputs whitened",
             root=0.5,
             centre=Centre.EXPERT,
             whitened=True,

@@ -24,6 +24,8 @@ from onn.functional.kernels.dense import expert_gradient, input_gradient
 EPS = 1e-6
 SHARPNESS = 10.0
 """Of the softmax over the cosines of the active experts."""
+DAMPING = 1.0
+"""Of whitened inputs."""
 
 
 class Net(NamedTuple):
@@ -199,7 +201,7 @@ def learn(
     grads = Net(
         features=d_before.mT @ pixels,
         prototypes=d_prototypes,
-        experts=F.whiten_inputs(experts, seen.x, damping=1.0) if whitened else experts,
+        experts=F.whiten_inputs(experts, seen.x, damping=DAMPING) if whitened else experts,
         readout=d_logits.mT @ seen.y,
     )
     norms = net.prototypes.square().sum(dim=-1).clamp_min(EPS**2)

@@ -1,4 +1,4 @@
-"""What a notebook imports as `F`: routing, experts, surprise, integrity, losses and lifecycle, all pure functions."""
+"""What a notebook imports as `F`, all pure: routing, experts, surprise, consolidation, integrity, losses, lifecycle."""
 
 from onn.functional.consolidation import (
     centre_inputs as centre_inputs,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onn import check
-from onn.functional.kernels.entries import bank_parts, local_parts
+from onn.functional.kernels.entries import bank_parts, local_parts, pass_parts
 from onn.functional.types import Experts, Local, reduction_dtype
 
 Form = Literal["root", "bounded"]
@@ -64,13 +64,7 @@ def matrix_shares(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tenso
     Returns:
         [3], float32 (float64 for float64 inputs).
     """
-    check.shapes(
-        "matrix_shares",
-        *local_parts(local, where="matrix_shares"),
-        ("x", x, "float T H"),
-        ("weights", weights, "float T E"),
-        ("dy", dy, "float T H"),
-    )
+    check.shapes("matrix_shares", *pass_parts(local, x, weights, dy, where="matrix_shares"))
     dtype = reduction_dtype(x.dtype)
     read, written = (v.to(dtype).square().sum(dim=-1) for v in (x, dy))
     sums = [

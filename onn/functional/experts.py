@@ -23,6 +23,7 @@ from onn.functional.kernels.dense import (
     input_gradient,
     output_products,
 )
+from onn.functional.kernels.entries import bank_parts
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.parts import Tiling, default_tiling
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
@@ -50,18 +51,18 @@ class BankGrads(NamedTuple):
 
 
 def _sizes(where: str, experts: Experts, x: Tensor, weights: Tensor) -> dict[str, int]:
-    return check.shapes(where, *_matrices(where, experts), ("x", x, "float T H"), ("weights", weights, "float T E"))
-
-
-def _matrices(where: str, experts: Experts) -> list[tuple[str, Tensor, str]]:
-    check.instance(where, "experts", experts, Experts)
-    return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
+    return check.shapes(
+        where,
+        *bank_parts(experts, where=where, name="experts"),
+        ("x", x, "float T H"),
+        ("weights", weights, "float T E"),
+    )
 
 
 def _check_backward(where: str, experts: Experts, residuals: Residuals, dy: Tensor) -> None:
     check.instance(where, "residuals", residuals, Residuals)
     rows = [(name, part, "float T E I") for name, part in zip(Residuals._fields, residuals, strict=True)]
-    check.shapes(where, *_matrices(where, experts), *rows, ("dy", dy, "float T H"))
+    check.shapes(where, *bank_parts(experts, where=where, name="experts"), *rows, ("dy", dy, "float T H"))
     check.one_dtype(where, **experts._asdict(), **residuals._asdict(), dy=dy)
 
 
@@ -280,7 +281,7 @@ def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> d
     """
     check.instance("zero_taps", "names", names, tuple)
     check.whole("zero_taps", "tokens", tokens, 0, _MOST_TOKENS)
-    sizes = check.shapes("zero_taps", *_matrices("zero_taps", experts))
+    sizes = check.shapes("zero_taps", *bank_parts(experts, where="zero_taps", name="experts"))
     E, I = sizes["E"], sizes["I"]
     shapes: dict[str, tuple[int, int]] = {"surprise": (tokens, E), "counterfactual": (tokens, E), "neuron": (E, I)}
     for name in names:

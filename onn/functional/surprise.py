@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from onn import check
-from onn.functional.kernels.entries import bank_parts, local_parts
+from onn.functional.kernels.entries import bank_parts, local_parts, pass_parts
 from onn.functional.kernels.local import neuron_squares, unit_norms
 from onn.functional.types import Experts, Local, reduction_dtype
 
@@ -154,13 +154,7 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
     References:
         Kirkpatrick et al., 1612.00796 (the Fisher as importance); Kunstner et al., 1905.12558 (the empirical one).
     """
-    check.shapes(
-        "neuron_surprise",
-        *local_parts(local, where="neuron_surprise"),
-        ("x", x, "float T H"),
-        ("weights", weights, "float T E"),
-        ("dy", dy, "float T H"),
-    )
+    check.shapes("neuron_surprise", *pass_parts(local, x, weights, dy, where="neuron_surprise"))
     dtype = reduction_dtype(x.dtype)
     w = weights.to(dtype)
     inner = w * vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
