@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 import tyro
@@ -38,11 +39,11 @@ from experiments.study.arms import (
     rates,
 )
 from experiments.study.contrasts import best
+from experiments.study.crew import Crew, Work, crew, processors, share
 from experiments.study.lanes import Job
 from experiments.study.records import Key, Run, Stage
 from experiments.study.report import write_report
-from experiments.study.runs import carry_out, chunks
-from experiments.study.specialisation import specialisations
+from experiments.study.runs import chunks
 from experiments.study.statistics import scores
 from experiments.study.tasks import SCHEDULES, Bank, Family, Tasks, digits
 from experiments.study.text import text, trunk
@@ -83,6 +84,8 @@ class Options:
     """
     out: Path | None = None
     """Folder; an unfinished study in it goes on. A new one under `runs/` where none is given."""
+    workers: int = field(default_factory=processors)
+    """Processes at once, of one thread and some 1.5 GiB each; results do not depend on how many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +95,9 @@ class Study:
     options: Options
     family: Family
     folder: Path
-    tasks: Mapping[int, Tasks]
+    tasks: Path
+    """Those of every seed, of `share`."""
+    crew: Crew
     runs: dict[tuple[Stage, Key], Run] = field(default_factory=dict)
 
     def key(self, name: str, optimizer: Optimizer, rate: float, strength: float, seed: int) -> Key:
@@ -176,17 +181,14 @@ class Study:
         if not planned:
             return
         stage = planned[0][0].stage
-        with progress(planned, desc=f"{self.family}, {stage}", unit="chunk") as bar:
+        schedule = SCHEDULES[self.family]
+        missing = [chunk for chunk in planned if any((stage, job.key) not in self.runs for job in chunk)]
+        work = [Work(chunk, self._looked_at(chunk), self.tasks, schedule) for chunk in missing]
+        done, left = self.crew(work), len(planned) - len(work)
+        with progress(done, desc=f"{self.family}, {stage}", unit="chunk", total=len(planned), initial=left) as bar:
             for chunk in bar:
-                missing = [job for job in chunk if (stage, job.key) not in self.runs]
-                if not missing:
-                    continue
-                done = carry_out(chunk, self.tasks, SCHEDULES[self.family])
-                new = [run for run in done.runs if (stage, run.key) not in self.runs]
-                if looked := [n for n, job in enumerate(chunk) if self._is_looked_at(job)]:
-                    found = specialisations(chunk, looked, done, self.tasks)
-                    store.append(self.folder / store.SPECIALISATIONS, found)
-                self._keep(new)
+                store.append(self.folder / store.SPECIALISATIONS, chunk.specialisations)
+                self._keep([run for run in chunk.runs if (stage, run.key) not in self.runs])
 
     def _keep(self, new: Sequence[Run]) -> None:
         store.append(self.folder / store.RUNS, new)
@@ -194,6 +196,10 @@ class Study:
 
     def _is_evaluated(self, key: Key) -> bool:
         return ("evaluation", key) in self.runs
+
+    def _looked_at(self, chunk: Sequence[Job]) -> list[int]:
+        """The lanes whose experts are looked at one by one."""
+        return [n for n, job in enumerate(chunk) if self._is_looked_at(job)]
 
     def _is_looked_at(self, job: Job) -> bool:
         key = job.key
@@ -207,8 +213,10 @@ def run(options: Options) -> Path:
     """Carry out a study, and return its page.
 
     Raises:
-        ValueError: an unknown arm, a bank out of bounds, or a folder of another study.
+        ValueError: an unknown arm, a bank out of bounds, no workers, or a folder of another study.
+        ChildProcessError: a worker ended before its work did.
     """
+    check.at_least("forgetting", "workers", options.workers, 1)
     keep_freed_memory()
     arms, bank = chosen_arms(options.arms), bank_of(options)
     explored = explorations(bank) if options.explore else {}
@@ -227,18 +235,22 @@ def run(options: Options) -> Path:
     _require_same(folder / "settings.json", settings)
     known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
     began = time.monotonic()
-    for family in options.family:
-        tasks = tasks_of(family, options.seeds, bank)
-        study = Study(options=options, family=family, folder=folder, tasks=tasks, runs=dict(known))
-        study.tune(arms)
-        study.evaluate(arms, "evaluation")
-        study.trace(arms)
-        study.tune(explored)
-        study.evaluate(explored, "exploration")
-        known |= study.runs
+    with crew(options.workers) as hands, TemporaryDirectory() as scratch:
+        for family in options.family:
+            tasks = share(tasks_of(family, options.seeds, bank), Path(scratch) / family)
+            study = Study(options=options, family=family, folder=folder, tasks=tasks, crew=hands, runs=dict(known))
+            study.tune(arms)
+            study.evaluate(arms, "evaluation")
+            study.trace(arms)
+            study.tune(explored)
+            study.evaluate(explored, "exploration")
+            known |= study.runs
     looked_at = {one.key: one for one in store.load_specialisations(folder / store.SPECIALISATIONS)}
     results = store.Results(
-        facts=facts(""), settings=settings, runs=list(known.values()), specialisations=list(looked_at.values())
+        facts={**facts(""), "threads": 1},
+        settings=settings,
+        runs=list(known.values()),
+        specialisations=list(looked_at.values()),
     )
     store.write_results(folder / store.RESULTS, results)
     print(f"{len(known)} runs, {time.monotonic() - began:.0f} seconds of this session.")

@@ -13,7 +13,7 @@ from torch.nn.functional import rms_norm
 from experiments import forgetting
 from experiments.forgetting import Options
 from experiments.noise import generator
-from experiments.study import runs, store, tasks, text
+from experiments.study import crew, runs, store, tasks, text
 from experiments.study.arms import ARMS, EXPLORATIONS, rates
 from experiments.study.lanes import Job, needs
 from experiments.study.net import EPS
@@ -202,7 +202,7 @@ def test_the_last_layer_from_outside_is_that_of_the_dense_model() -> None:
 
 
 def small(folder: Path, **changes: object) -> Options:
-    options = Options(family=("digits-rotated",), seeds=2, arms=("root-neuron",), out=folder)
+    options = Options(family=("digits-rotated",), seeds=2, arms=("root-neuron",), out=folder, workers=1)
     return replace(options, **changes)  # type: ignore[arg-type]
 
 
@@ -230,7 +230,7 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
             raise KeyboardInterrupt
         return carry_out(jobs, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(forgetting, "carry_out", stops)
+    monkeypatch.setattr(crew, "carry_out", stops)
     monkeypatch.setattr(forgetting, "write_report", lambda folder, _: folder)
     with pytest.raises(KeyboardInterrupt):
         forgetting.run(small(tmp_path / "cut"))
@@ -259,10 +259,16 @@ def test_a_matched_arm_brings_what_it_is_matched_to() -> None:
     assert forgetting.chosen_arms(()) == dict(ARMS)
 
 
+def nobody(work: Sequence[crew.Work]) -> Iterator[crew.Done]:
+    raise AssertionError(f"{len(work)} chunks were asked for")
+
+
 def test_the_matched_rate_changes_the_experts_as_much_by_interpolation_and_the_best_rate_is_that_of_tuning(
     tmp_path: Path,
 ) -> None:
-    study = forgetting.Study(options=small(tmp_path), family="digits-rotated", folder=tmp_path, tasks={})
+    study = forgetting.Study(
+        options=small(tmp_path), family="digits-rotated", folder=tmp_path, tasks=tmp_path / "tasks", crew=nobody
+    )
     grid = rates("sgd")
     for place, rate in enumerate(grid):
         for seed in forgetting.TUNING_SEEDS:
