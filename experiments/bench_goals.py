@@ -158,7 +158,8 @@ def _surprise(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _step(rows: Sequence[Row]) -> list[Verdict]:
-    found = [(row.ratio, _where(row)) for row in rows if row.suite == "step" and row.variant.startswith("carved")]
+    against_dense = [row for row in rows if row.suite == "step" and row.baseline.startswith("dense")]
+    found = [(row.ratio, _where(row)) for row in against_dense if row.variant.startswith("carved")]
     return _most("step of the carved model / the dense one, worst", STEP, found)
 
 

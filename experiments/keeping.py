@@ -72,6 +72,7 @@ class _Training(NamedTuple):
     """A `State` without its model."""
 
     optimizer: optim.AdamWState[Model]
+    importance: tuple[Tensor, ...]
     usage: tuple[Usage, ...]
     lifetime: tuple[Tensor, ...]
     step: Tensor
@@ -143,10 +144,11 @@ class Keeper:
         found = self._newest([entry for entry in self._states() if entry.name.startswith(f"{phase}-")], phase)
         if found is None:
             return None
-        like = train.init_state(tree.map1(lambda leaf: leaf.to("meta"), model))
+        template = tree.map1(lambda leaf: leaf.to("meta"), model)
+        like = train.init_state(template, experts=self.config.sparse.optimizer)
         restored = checkpoint.restore(found, "model", like=like.model)
         training = checkpoint.restore(found, "training", like=_training(like))
-        state = State(restored, training.optimizer, training.usage, training.lifetime, training.step)
+        state = State(restored, *training)
         return Kept(state, self._position(found), checkpoint.restore(found, "generators", like=generators))
 
     def keep_model(self, phase: Phase, model: Model, position: Position) -> None:
@@ -258,7 +260,7 @@ def _bound(config: RunConfig) -> presets.TrainConfig:
 
 
 def _training(state: State) -> _Training:
-    return _Training(state.optimizer, state.usage, state.lifetime, state.step)
+    return _Training(state.optimizer, state.importance, state.usage, state.lifetime, state.step)
 
 
 def _not_finite(values: tree.Tree) -> list[str]:

@@ -96,8 +96,8 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         "centre_added": Mutation(
             "what an expert's tokens share is added to its gradient instead of taken off",
             "onn/functional/consolidation.py",
-            "g - (_weighted(",
-            "g + (_weighted(",
+            "g - part.to(g.dtype)",
+            "g + part.to(g.dtype)",
             ("consolidation",),
         ),
         "whitened_by_half": Mutation(
@@ -127,6 +127,13 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
             "filled, min_k=min(min_k, columns.shape[1]))[place]",
             "filled, min_k=columns.shape[1])[place]",
             ("numerics",),
+        ),
+        "masked_pairs_in_biases": Mutation(
+            "the gradient of biases over all pairs instead of those that learn",
+            "onn/functional/kernels/dense.py",
+            "torch.where(torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept), weights, 0)",
+            "weights",
+            ("smk",),
         ),
         "nan_rows_multiplied": Mutation(
             "rows that are not kept multiplied by zero instead of dropped",

@@ -13,6 +13,7 @@ import torch
 from onn import calibration, check
 from onn.config import Value, from_dict, to_dict
 from onn.objective import (
+    ConsolidationConfig,
     DensityConfig,
     DistillConfig,
     IntegrityConfig,
@@ -25,7 +26,7 @@ from onn.observe import Json, decode
 from onn.qwen3 import MoeConfig, Qwen3Config
 from onn.tiling import tiling_name
 
-VERSION = 3
+VERSION = 4
 """Of saved configurations; `load` upgrades older ones."""
 
 _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
@@ -35,6 +36,7 @@ _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
             "sparse.moe": {"route": "threshold", "top_k": 1, "normalise": True},
         },
         3: {"train": {"checkpoint_every": 0, "checkpoints_kept": 2, "on_non_finite": "skip", "max_skipped": 0}},
+        4: {"sparse": {"optimizer": "adamw", "consolidation": {"lr": 0.03, "damping": 1.0, "eps": 1e-8}}},
     }
 )
 """The values that each version added, by the part that holds them, and what was done before they could be chosen."""
@@ -161,6 +163,8 @@ TINY = RunConfig(
             backend="dense",
         ),
         granularity="token",
+        optimizer="adamw",
+        consolidation=ConsolidationConfig(lr=0.03, damping=1.0, eps=1e-8),
         router=RouterConfig(
             target="surprise",
             weight=0.01,

@@ -1,6 +1,6 @@
-"""What the routers are taught beside the main loss, from the surprise of one backward pass.
+"""What routers and experts make of the surprise of one backward pass.
 
-Shape letters: T tokens, E experts.
+Shape letters: T tokens, E experts, I expert intermediate size.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import check, qwen3, tree
-from onn.objective import MoeTraining
+from onn import check, optim, qwen3, tree
+from onn.objective import ConsolidationConfig, MoeTraining
 from onn.qwen3 import Carved
 
 
@@ -67,3 +67,38 @@ def router_lesson(
     """The gradient of `router_objective`, whose arguments it takes, with respect to the router."""
     gradient = tree.value_and_grad(router_objective, engine="func")
     return gradient(router, seen, taps, mix, config=config)[1]
+
+
+def expert_lesson(
+    grads: F.Experts, importance: Tensor, seen: Carved, taps: Mapping[str, Tensor], *, config: ConsolidationConfig
+) -> tuple[F.Experts, Tensor]:
+    """`onn.optim.consolidation` of one carved layer, from the gradient of the mean loss.
+
+    Args:
+        grads: of its experts.
+        importance: [E, I], in squared surprise of the summed loss.
+        seen: what this layer saw and decided in the same pass.
+        taps: `matrix` of the summed loss, `bias` of the mean one.
+        config: damping and eps.
+
+    Returns:
+        See `onn.optim.consolidation`; descend along it by the rate times the targets that count.
+
+    Raises:
+        ValueError: a tap is missing, or what is given does not fit one another.
+    """
+    missing = [name for name in ("matrix", "bias") if name not in taps]
+    check.require(not missing, f"expert_lesson: needs the taps 'matrix' and 'bias', got {sorted(taps)}.")
+    check.shapes(
+        "expert_lesson", ("tap matrix", taps["matrix"], "float 3 E I"), ("tap bias", taps["bias"], "float 2 E I")
+    )
+    return optim.consolidation(
+        grads,
+        importance,
+        seen.x,
+        seen.routing.weights,
+        squares=taps["matrix"],
+        biases=taps["bias"],
+        damping=config.damping,
+        eps=config.eps,
+    )

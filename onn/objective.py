@@ -14,11 +14,14 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 import onn.functional as F
 from onn import check, qwen3, tree
 from onn.data import Batch
+from onn.functional.kernels.entries import tap_dims
 from onn.functional.transform import Taps
 from onn.qwen3 import Carved, Model, Moe
 from onn.region import Region, inline
+from onn.settings import ConsolidationConfig as ConsolidationConfig
 from onn.settings import DensityConfig as DensityConfig
 from onn.settings import DistillConfig as DistillConfig
+from onn.settings import ExpertOptimizer as ExpertOptimizer
 from onn.settings import Granularity as Granularity
 from onn.settings import IntegrityConfig as IntegrityConfig
 from onn.settings import MoeTraining as MoeTraining
@@ -29,6 +32,8 @@ from onn.settings import StepConfig as StepConfig
 from onn.tree import Tree
 
 T = TypeVar("T", bound=Tree)
+
+_SQUARES = ("neuron", "matrix")
 
 
 class Measured(NamedTuple):
@@ -215,11 +220,11 @@ def scaled_surprise(taps: Taps, batch: Batch) -> Taps:
     for tap in taps:
         for name in tap:
             check.one_of("scaled_surprise", "tap", name, get_args(F.TapName))
-        rows = ((f"tap {name}", tap[name], "float E I" if name == "neuron" else "float T E") for name in tap)
+        rows = ((f"tap {name}", tap[name], f"float {tap_dims(name=name)}") for name in tap)
         check.shapes("scaled_surprise", ("tokens", batch.tokens.flatten(), "T"), *rows)
     total = batch.mask.sum().clamp_min(1)
     return tuple(
-        {name: value * (total**2 if name == "neuron" else total) for name, value in tap.items()} for tap in taps
+        {name: value * (total**2 if name in _SQUARES else total) for name, value in tap.items()} for tap in taps
     )
 
 

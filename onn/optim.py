@@ -1,4 +1,6 @@
-"""AdamW over trees, with entries that skip a step and bfloat16 parameters that lose no small update."""
+"""AdamW over trees, with entries that skip a step and bfloat16 parameters that lose no small update; and surprise
+consolidation, with one number a neuron.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,13 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+import onn.functional as F
 from onn import check, tree
+from onn.functional.kernels.entries import bank_parts
 from onn.functional.types import reduction_dtype
 from onn.region import Region, inline
+from onn.rounding import narrow as narrow
+from onn.rounding import stochastic_round as stochastic_round
 from onn.tree import Tree
 
 Params = TypeVar("Params", bound=Tree)
@@ -238,40 +244,93 @@ def _moved(
     )
 
 
-def narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
-    """Round to `dtype`: stochastically to bfloat16, to the nearest otherwise.
+def consolidation(
+    grads: F.Experts,
+    importance: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    *,
+    squares: Tensor,
+    biases: Tensor,
+    damping: float,
+    eps: float,
+) -> tuple[F.Experts, Tensor]:
+    """What surprise consolidation makes of a bank's gradient: Adagrad with one number a neuron that sees its input.
 
-    Raises:
-        ValueError: bfloat16 without noise.
-    """
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    if bits is None:
-        raise ValueError("adamw: bfloat16 parameters need noise, uniform int16 of the shapes of params; got none.")
-    return stochastic_round(x, bits)
-
-
-def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 to bfloat16, up or down with probabilities that make the expectation exact.
+    Gate and up learn from inputs less the mean of their expert's own tokens (`onn.functional.centre_inputs`), whitened
+    by the batch (`whiten_inputs`). A step is then divided by the root of the squared surprise that its neuron has met
+    so far, by weight, which falls to gate, up and down as it does in this batch (`matrix_shares`). No momentum, no
+    decay: [E, I] numbers for [3, E, I, H] parameters.
 
     Args:
-        x: float32.
-        bits: int16, uniform over all 65,536 values, the shape of `x`.
+        grads: [E, I, H] each.
+        importance: [E, I]: of `consolidation_init` or the last step.
+        x: [T, H], the input of the bank.
+        weights: [T, E] combine weights.
+        squares: [3, E, I]: the tap `matrix` of this batch, in the units of `importance`.
+        biases: [2, E, I]: the tap `bias`, in those of `grads`.
+        damping: of `whiten_inputs`.
+        eps: added to the importance of a weight.
 
     Returns:
-        bfloat16: one of the two neighbours of `x`, `x` itself where it is representable; NaN and infinities are kept.
+        What to descend along, in the dtype of `grads`, and the importance with that of this batch; a neuron whose
+        surprise is not finite keeps what it had.
 
     References:
-        Zamirai et al., 2010.06192.
+        Adagrad (Duchi et al., 2011); `experiments/LOG.md` on why and where it works.
     """
-    check.require(x.dtype == torch.float32, f"stochastic_round: expected float32, got x of {x.dtype}.")
-    check.require(bits.dtype == torch.int16, f"stochastic_round: expected int16 noise, got bits of {bits.dtype}.")
+    check.shapes("consolidation", ("importance", importance, "float E I"), ("squares", squares, "float 3 E I"))
+    met = importance + squares.to(importance.dtype).sum(dim=0)
+    met = torch.where(torch.isfinite(met), met, importance)
+    by_weight = met * F.matrix_shares(squares)[:, None, None] / (3 * x.shape[-1])
+    lesson = F.whiten_inputs(F.centre_inputs(grads, biases, F.expert_means(x, weights)), x, damping=damping)
+    return F.consolidate(lesson, by_weight, form="root", strength=0.0, eps=eps), met
+
+
+def consolidation_init(experts: F.Experts) -> Tensor:
+    """The importance [E, I] of a bank that has met nothing: float32 zeros (float64 for float64 experts)."""
+    check.shapes("consolidation_init", *bank_parts(experts, where="consolidation_init", name="experts"))
+    return torch.zeros_like(experts.gate[..., 0], dtype=reduction_dtype(experts.gate.dtype))
+
+
+def descended(
+    param: Tensor, direction: Tensor, learns: Tensor, bits: tuple[Tensor, ...], *, rate: Tensor, region: Region
+) -> Tensor:
+    """`param - rate * direction`, rounded as AdamW rounds.
+
+    Args:
+        param: [R, ...].
+        direction: of its shape.
+        learns: bool [R, 1, ...]; rows where it is false, and entries that would not be finite, keep their bits.
+        bits: int16 of its shape for the rounding; empty for parameters that are not bfloat16.
+        rate: scalar.
+        region: as of `adamw_leaf`.
+    """
+    for name, own, kind in (("param", param, "float"), ("direction", direction, "float"), ("learns", learns, "bool")):
+        check.holds("descended", name, own, kind)
+    check.shapes("descended", ("rate", rate, "float"))
     check.require(
-        x.shape == bits.shape and x.device == bits.device,
-        f"stochastic_round: bits {list(bits.shape)} on {bits.device} do not fit x {list(x.shape)} on {x.device}.",
+        all(own.shape == param.shape for own in (direction, *bits))
+        and learns.shape == (*param.shape[:1], *(1,) * (param.ndim - 1))
+        and all(own.device == param.device for own in (direction, learns, rate, *bits)),
+        f"descended: expected direction, noise, learns and rate that fit param {list(param.shape)} on {param.device}, "
+        f"got {[(list(own.shape), str(own.device)) for own in (direction, *bits, learns, rate)]}.",
     )
-    noisy = (x.view(torch.int32) + (bits.to(torch.int32) & 0xFFFF)) & -0x10000
-    return torch.where(torch.isfinite(x), noisy.view(torch.float32), x).to(torch.bfloat16)
+
+    def matrix(part: Tensor) -> Tensor:
+        return part.reshape(len(param), -1)
+
+    moved = region(_descended, kind="update")(
+        matrix(param), matrix(direction), matrix(learns), tuple(map(matrix, bits)), rate
+    )
+    return moved.reshape(param.shape)
+
+
+def _descended(p: Tensor, direction: Tensor, learns: Tensor, bits: tuple[Tensor, ...], rate: Tensor) -> Tensor:
+    """[R, C] each, learns [R, 1]."""
+    wide = reduction_dtype(p.dtype)
+    moved = narrow(p.to(wide) - rate * direction.to(wide), p.dtype, *bits)
+    return torch.where(learns & torch.isfinite(moved), moved, p)
 
 
 def global_norm(grads: Tree) -> Tensor:

@@ -15,7 +15,8 @@ R = TypeVar("R")
 
 Kind = Literal["layer", "loss", "figures", "lesson", "update"]
 """What a part is of a training step: one transformer layer, the head with the losses, the figures of a carved layer,
-what its router is taught, the optimizer on one leaf. All but the last meet the same shapes again and again."""
+what its router or its experts make of the surprise, the optimizer on one leaf. All but the last meet the same shapes
+again and again."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

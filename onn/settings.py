@@ -11,6 +11,7 @@ from onn.architecture import MoeConfig, Qwen3Config
 from onn.tiling import backend_of
 
 Granularity = Literal["token", "batch", "off"]
+ExpertOptimizer = Literal["adamw", "consolidation"]
 RouterTarget = Literal["surprise", "normalised", "counterfactual"]
 MOST_STEPS = 2**62
 """What a counter of steps holds."""
@@ -46,6 +47,24 @@ class OptimConfig:
             0 < clip <= check.LARGEST or clip == math.inf,
             f"OptimConfig: expected 0 < clip_norm={clip!r} <= {check.LARGEST:g}, or infinite.",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConsolidationConfig:
+    """Surprise consolidation of the experts, `onn.optim.consolidation`, where it is their optimizer."""
+
+    lr: float
+    """Peak learning rate of the experts, on the schedule of all others."""
+    damping: float
+    """Of the whitening of their inputs; the larger, the less is changed."""
+    eps: float
+    """Added to the importance of a weight, in squared surprise of the summed loss."""
+
+    def __post_init__(self) -> None:
+        """Refuse a division by nothing."""
+        check.weight("ConsolidationConfig", "lr", self.lr)
+        for name in ("damping", "eps"):
+            check.positive("ConsolidationConfig", name, getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,13 +160,17 @@ class MoeTraining:
     moe: MoeConfig
     granularity: Granularity
     """SMK by token, by batch, or off."""
+    optimizer: ExpertOptimizer
+    """Of the experts; all else is AdamW's."""
+    consolidation: ConsolidationConfig
     router: RouterConfig
     density: DensityConfig
     distill: DistillConfig
 
     def __post_init__(self) -> None:
-        """Refuse a granularity that is none, and a target that the backend does not measure."""
+        """Refuse a granularity or optimizer that is none, and a target that the backend does not measure."""
         check.one_of("MoeTraining", "granularity", self.granularity, get_args(Granularity))
+        check.one_of("MoeTraining", "optimizer", self.optimizer, get_args(ExpertOptimizer))
         check.require(
             self.router.target != "counterfactual" or backend_of(self.moe.backend) in ("auto", "dense"),
             f"MoeTraining: router.target='counterfactual' needs every expert computed: expected moe.backend='dense' or "

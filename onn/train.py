@@ -1,4 +1,4 @@
-"""One pure training step for dense and carved models: loss, surprise, SMK, router, density, integrity, AdamW.
+"""One pure training step for dense and carved models: loss, surprise, SMK, router, density, integrity, optimizer.
 
 Shape letters: T tokens, H hidden, E experts, L carved layers.
 """
@@ -6,7 +6,7 @@ Shape letters: T tokens, H hidden, E experts, L carved layers.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from torch import Tensor
 import onn.functional as F
 from onn import check, optim, tree
 from onn.data import Batch
+from onn.descent import Speeds, updated
 from onn.functional.transform import Taps
-from onn.lessons import router_lesson
+from onn.grain import entry_norms, grain_of, that_learn, with_mlps, without_experts
+from onn.lessons import expert_lesson, router_lesson
 from onn.objective import (
+    ExpertOptimizer,
     Measured,
     MoeTraining,
-    OptimConfig,
     SparseMetrics,
     StepConfig,
     carved_layers,
@@ -34,15 +36,15 @@ from onn.qwen3 import Carved, Model, Moe, check_layers
 from onn.region import Region, inline
 from onn.tree import Tree
 
-_PIECE = 2**24
-"""Entries of a parameter that are updated at a time, so that temporaries stay small beside the largest one."""
-
 
 class State(NamedTuple):
     """Everything that training changes."""
 
     model: Model
     optimizer: optim.AdamWState[Model]
+    """Without moments of experts that consolidation trains."""
+    importance: tuple[Tensor, ...]
+    """[E, I] of each carved layer whose experts consolidation trains; none otherwise."""
     usage: tuple[F.Usage, ...]
     """Of each carved layer, since the last `lifecycle`."""
     lifetime: tuple[Tensor, ...]
@@ -67,61 +69,27 @@ class Metrics(NamedTuple):
     sparse: SparseMetrics | tuple[()]
 
 
-def _with_mlps(model: Model, mlps: list[Moe]) -> Model:
-    carved = iter(mlps)
-    return model._replace(
-        layers=tuple(
-            layer._replace(mlp=next(carved)) if isinstance(layer.mlp, Moe) else layer for layer in model.layers
-        )
-    )
-
-
-def _norms(grads: Model) -> Model:
-    """The norm of every gradient, in the shapes of `_grain`: those of the experts one by one."""
-
-    def norm(g: Tensor, grain: Tensor) -> Tensor:
-        dims = tuple(range(1, g.ndim)) if grain.ndim else None
-        found: Tensor = torch.linalg.vector_norm(g, dim=dims, dtype=F.reduction_dtype(g.dtype), keepdim=grain.ndim > 0)
-        return found
-
-    return tree.map2(norm, grads, _grain(grads))
-
-
-def _grain(model: Model) -> Model:
-    """Zeros that say how finely entries may skip a step: [E, 1, 1] for the matrices of a bank, else a scalar."""
-    scalars = tree.map1(lambda leaf: torch.zeros((), dtype=torch.int64, device=leaf.device), model)
-    mlps = [
-        Moe(experts=tree.map1(lambda g: torch.zeros_like(g[:, :1, :1], dtype=torch.int64), own.experts), router=router)
-        for own, router in zip(carved_layers(model), (layer.router for layer in carved_layers(scalars)), strict=True)
-    ]
-    return _with_mlps(scalars, mlps)
-
-
-def _learns(norms: Model, finite: Tensor) -> Model:
-    """Which entries take part in a step: where all is finite everything but experts without any gradient."""
-    mlps = []
-    for mlp in carved_layers(norms):
-        learns = finite & torch.stack([norm != 0 for norm in mlp.experts]).any(dim=0)
-        router = tree.map1(lambda _: finite, mlp.router)
-        mlps.append(Moe(experts=F.Experts(learns, learns, learns), router=router))
-    return _with_mlps(tree.map1(lambda _: finite, norms), mlps)
-
-
-def init_state(model: Model) -> State:
+def init_state(model: Model, *, experts: ExpertOptimizer = "adamw") -> State:
     """The state before the first step; no two of its tensors share memory that the model does not share.
 
+    Args:
+        model: dense or carved.
+        experts: what trains the experts, as in `MoeTraining.optimizer`; of a dense model nothing.
+
     Raises:
-        ValueError: the model is none, or its parts do not fit one another.
+        ValueError: the model is none, its parts do not fit one another, or an unknown optimizer.
     """
     check_layers("init_state", model)
-    layers = carved_layers(model)
+    check.one_of("init_state", "experts", experts, get_args(ExpertOptimizer))
+    layers, consolidated = carved_layers(model), experts == "consolidation"
 
     def counts(layer: Moe) -> Tensor:
         return torch.zeros_like(layer.router.thresholds, dtype=torch.int64)
 
     return State(
         model=model,
-        optimizer=optim.adamw_init(model, _grain(model)),
+        optimizer=optim.adamw_init(without_experts(model) if consolidated else model, grain_of(model)),
+        importance=tuple(optim.consolidation_init(layer.experts) for layer in layers if consolidated),
         usage=tuple(F.Usage(routed=counts(layer), active=counts(layer)) for layer in layers),
         lifetime=tuple(counts(layer) for layer in layers),
         step=torch.zeros((), dtype=torch.int64, device=model.norm.device),
@@ -150,8 +118,16 @@ def _check_state(where: str, state: State, *, sparse: bool) -> None:
         counts = (("usage.routed", usage.routed), ("usage.active", usage.active), ("lifetime", lifetime))
         rows = ((name, value, "integer E") for name, value in counts)
         check.shapes(where, ("thresholds", layer.router.thresholds, "E"), *rows)
+    importance = state.importance
+    check.require(
+        len(importance) in (0, len(layers)),
+        f"{where}: the state has {len(layers)} carved layers, importance of {len(importance)}.",
+    )
+    for layer, met in zip(layers, importance, strict=False):
+        check.shapes(where, ("gate", layer.experts.gate, "E I H"), ("importance", met, "float E I"))
+    trained = without_experts(state.model) if importance else state.model
     for name in ("mean", "square"):
-        _check_like(where, f"optimizer.{name}", getattr(state.optimizer, name), state.model)
+        _check_like(where, f"optimizer.{name}", getattr(state.optimizer, name), trained)
     check.shapes(where, ("step", state.step, "integer"))
 
 
@@ -187,6 +163,12 @@ def step(
             looked at than an embedding does, and on a GPU a wrong one ends the process: `onn.data.check_batch`.
     """
     _check_state("step", state, sparse=config.sparse is not None)
+    if config.sparse is not None:
+        found = "consolidation" if state.importance else "adamw"
+        check.require(
+            found == config.sparse.optimizer,
+            f"step: the state is one of {found}, the configuration has sparse.optimizer={config.sparse.optimizer!r}.",
+        )
     if tree.leaves(noise):
         _check_like("step", "noise", noise, state.model)
     sparse = config.sparse
@@ -198,29 +180,32 @@ def step(
     def loss(model: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
         return language_loss(model, inputs, taps, soft, config=passed, region=region)
 
-    names: tuple[F.TapName, ...] = ("surprise",)
-    if sparse is not None and sparse.router.target == "counterfactual":
-        names = ("surprise", "counterfactual")
-    taps = zero_taps(state.model, batch.tokens.numel(), names=names)
-    total, seen, grads, surprise = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
+    taps = zero_taps(state.model, batch.tokens.numel(), names=_tap_names(sparse))
+    total, seen, grads, of_mean = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
     metrics: SparseMetrics | tuple[()] = ()
-    lr = optim.warmup_cosine(
-        state.step, peak=config.optim.lr, warmup=config.optim.warmup, total=config.total_steps, floor=config.optim.floor
-    )
+    lr = _rate(state.step, config.optim.lr, config)
     if sparse is not None:
-        surprise = scaled_surprise(surprise, batch)
+        surprise = scaled_surprise(of_mean, batch)
         share = target_share(state.step, config=sparse.density)
         metrics = sparse_metrics(seen.error, seen, surprise, share, config=config.integrity, region=region)
         grads = _sparse_gradients(state.model, grads, seen.carved, surprise, metrics.pi, config=sparse, region=region)
-    norms = _norms(grads)
+    norms = entry_norms(grads)
     norm = optim.global_norm(norms)
     finite = torch.isfinite(total) & torch.isfinite(norm)
-    learns = _learns(norms, finite)
-    usage, lifetime, counter = state.usage, state.lifetime, state.step
+    learns = that_learn(norms, finite)
+    importance, usage, lifetime, counter = state.importance, state.usage, state.lifetime, state.step
+    scale = optim.clip_scale(norm, max_norm=config.optim.clip_norm)
+    speeds = Speeds(lr, scale, experts=lr)
+    if importance and sparse is not None:
+        kept = tuple(
+            {"matrix": own["matrix"], "bias": mean["bias"]} for own, mean in zip(surprise, of_mean, strict=True)
+        )
+        grads, importance = _consolidated(grads, importance, seen.carved, kept, learns, config=sparse, region=region)
+        rate = _rate(counter, sparse.consolidation.lr, config)
+        speeds = speeds._replace(experts=rate * batch.mask.sum() * scale)
     columns = [tree.leaves(part) for part in (state.model, grads, *state.optimizer, learns, noise)]
     del state, grads, noise
-    scale = optim.clip_scale(norm, max_norm=config.optim.clip_norm)
-    model, optimizer = _updated(columns, learns, lr, scale, config=config.optim, region=region)
+    model, optimizer = updated(columns, learns, speeds, config=config.optim, region=region)
     if sparse is not None and isinstance(metrics, SparseMetrics):
         model = _controlled(model, seen.carved, metrics.target_share, finite, config=sparse)
         counts = tree.map1(lambda new: torch.where(finite, new, 0), metrics.usage)
@@ -228,7 +213,14 @@ def step(
         usage = tuple(tree.map2(torch.add, old, new) for old, new in zip(usage, layers, strict=True))
         lifetime = tuple(old + new.active for old, new in zip(lifetime, layers, strict=True))
     return (
-        State(model=model, optimizer=optimizer, usage=usage, lifetime=lifetime, step=counter + 1),
+        State(
+            model=model,
+            optimizer=optimizer,
+            importance=importance,
+            usage=usage,
+            lifetime=lifetime,
+            step=counter + 1,
+        ),
         Metrics(
             loss=seen.error,
             divergence=seen.divergence,
@@ -240,6 +232,43 @@ def step(
             sparse=metrics,
         ),
     )
+
+
+def _rate(step: Tensor, peak: float, config: StepConfig) -> Tensor:
+    warmup, floor = config.optim.warmup, config.optim.floor
+    return optim.warmup_cosine(step, peak=peak, warmup=warmup, total=config.total_steps, floor=floor)
+
+
+def _tap_names(config: MoeTraining | None) -> tuple[F.TapName, ...]:
+    """What the backward pass has to measure."""
+    names: tuple[F.TapName, ...] = ("surprise",)
+    if config is not None and config.router.target == "counterfactual":
+        names += ("counterfactual",)
+    if config is not None and config.optimizer == "consolidation":
+        names += ("matrix", "bias")
+    return names
+
+
+def _consolidated(
+    grads: Model,
+    importance: tuple[Tensor, ...],
+    seen: tuple[Carved, ...],
+    taps: Taps,
+    learns: Model,
+    *,
+    config: MoeTraining,
+    region: Region,
+) -> tuple[Model, tuple[Tensor, ...]]:
+    """The gradients with those of the experts hardened, and the importance of those that learn with this batch's."""
+    teach = region(expert_lesson, kind="lesson")
+    mlps, met = [], []
+    for layer, before, was, own, may in zip(
+        carved_layers(grads), importance, seen, taps, carved_layers(learns), strict=True
+    ):
+        experts, after = teach(layer.experts, before, was, own, config=config.consolidation)
+        mlps.append(layer._replace(experts=experts))
+        met.append(torch.where(may.experts.gate[..., 0], after, before))
+    return with_mlps(grads, mlps), tuple(met)
 
 
 def _sparse_gradients(
@@ -262,7 +291,7 @@ def _sparse_gradients(
             experts = F.select_min_k(experts, min_k=config.moe.min_k)
         lesson = teach(moe.router, was, taps, mix, config=config)
         mlps.append(Moe(experts=experts, router=tree.map2(lambda g, own: g + own / len(seen), layer.router, lesson)))
-    return _with_mlps(grads, mlps)
+    return with_mlps(grads, mlps)
 
 
 def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: Tensor, *, config: MoeTraining) -> Model:
@@ -279,54 +308,7 @@ def _controlled(model: Model, seen: tuple[Carved, ...], share: Tensor, finite: T
         moved = (thresholds + config.density.gain * shift).to(thresholds.dtype)
         router = layer.router._replace(thresholds=torch.where(finite & torch.isfinite(shift), moved, thresholds))
         mlps.append(layer._replace(router=router))
-    return _with_mlps(model, mlps)
-
-
-def _updated(
-    columns: list[list[Tensor]], like: Model, lr: Tensor, scale: Tensor, *, config: OptimConfig, region: Region
-) -> tuple[Model, optim.AdamWState[Model]]:
-    """`optim.adamw` leaf by leaf; the columns lose each leaf as soon as it is replaced.
-
-    They are parameters, gradients, steps, mean, square, learns and noise, the last of which may be empty. The embedding
-    comes last, when the gradients of all others are gone, and in pieces where it is large: the temporaries of a whole
-    one are several times its own size.
-    """
-    rates = optim.Rates(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
-    done: tuple[list[Tensor], ...] = ([], [], [], [])
-    while columns[0]:
-        pieces = _pieces(columns[0][-1])
-        cut = [_cut(column.pop(), pieces) for column in columns if column]
-        results = [
-            optim.adamw_leaf(
-                optim.Entry(p, g, steps, mean, square, learns, tuple(bits)),
-                lr=lr,
-                scale=scale,
-                rates=rates,
-                region=region,
-            )
-            for p, g, steps, mean, square, learns, *bits in zip(*cut, strict=True)
-        ]
-        del cut
-        parts = list(zip(*results, strict=True))
-        del results
-        for column in reversed(done):
-            column.append(_joined(parts.pop()))
-    model, *moments = (tree.unflatten(like, column[::-1]) for column in done)
-    return model, optim.AdamWState(*moments)
-
-
-def _pieces(leaf: Tensor) -> int:
-    """How many to cut a leaf into: along its first dimension, of `_PIECE` entries or more."""
-    wanted = leaf.numel() // _PIECE
-    return len(leaf.chunk(wanted)) if wanted > 1 and leaf.ndim else 1
-
-
-def _cut(leaf: Tensor, pieces: int) -> tuple[Tensor, ...]:
-    return leaf.chunk(pieces) if leaf.ndim else (leaf,) * pieces
-
-
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    return parts[0] if len(parts) == 1 or not parts[0].ndim else torch.cat(parts)
+    return with_mlps(model, mlps)
 
 
 def _forget(layer: Moe, plan: F.Heirs) -> Moe:
@@ -365,14 +347,15 @@ def lifecycle(state: State, noise: tuple[Tensor, ...], *, config: MoeTraining, s
         plans.append(plan)
 
     def follow(moments: Model) -> Model:
-        return _with_mlps(
+        return with_mlps(
             moments, [_forget(layer, plan) for layer, plan in zip(carved_layers(moments), plans, strict=True)]
         )
 
     return (
         state._replace(
-            model=_with_mlps(state.model, mlps),
+            model=with_mlps(state.model, mlps),
             optimizer=optim.AdamWState(*(follow(part) for part in state.optimizer)),
+            importance=tuple(map(F.forget_reborn, state.importance, plans)),
             usage=tree.zeros_like(state.usage),
         ),
         torch.stack([plan.reborn.sum() for plan in plans]),

@@ -7,7 +7,7 @@ whatever the order of its sums (Higham, Accuracy and Stability of Numerical Algo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
@@ -22,7 +22,7 @@ from onn.functional.experts import Backend
 from tests.support import Case, inputs_of
 
 BACKENDS: list[Backend] = [name for name in get_args(Backend) if name != "auto"]
-SPARSE_TAPS: tuple[F.TapName, ...] = ("surprise", "neuron")
+SPARSE_TAPS: tuple[F.TapName, ...] = ("surprise", "neuron", "matrix", "bias")
 """What backends measure that compute active pairs alone."""
 STEEPEST_SIGMOID, STEEPEST_SILU = 0.25, 1.1
 """Upper bounds of the derivatives."""
@@ -145,9 +145,14 @@ def analysed(case: Case, dtype: torch.dtype) -> dict[str, Rounded]:
         wide.times(part, wide.times(w, norm).over(lambda column: column[..., None]))
         for part, norm in ((c1, x_norm), (c3, x_norm), (a, g_norm))
     ]
-    squares = [wide.times(root, root) for root in roots]
-    results["neuron"] = wide.total(wide.plus(wide.plus(squares[0], squares[1]), squares[2]), dim=0)
+    results["matrix"] = together([wide.total(wide.times(root, root), dim=0) for root in roots])
+    results["neuron"] = wide.total(results["matrix"], dim=0)
+    results["bias"] = together([wide.total(rows, dim=0) for rows in (d1, d3)])
     return results
+
+
+def together(parts: Sequence[Rounded]) -> Rounded:
+    return Rounded(*(torch.stack(column) for column in zip(*parts, strict=True)))
 
 
 def assert_within(got: Mapping[str, Tensor], bounds: Mapping[str, Rounded], *, times: float = 1) -> None:

@@ -19,7 +19,7 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onn.functional as F
-from onn.tree import Engine, T, Tree, grad, leaves, map1, paths, unflatten, value_and_grad
+from onn.tree import Engine, T, Tree, grad, leaves, map1, paths, unflatten, value_and_grad, vmap
 
 
 def tolerance(dtype: torch.dtype, *, terms: int, slack: float = 8.0) -> float:
@@ -148,6 +148,19 @@ def stacked(models: Sequence[T]) -> T:
     return unflatten(models[0], [torch.stack(column) for column in zip(*map(leaves, models), strict=True)])
 
 
+def measures(case: Case) -> dict[str, Tensor]:
+    """By name, what each tap shall say where all pairs learn."""
+    _, residuals = F.bank_forward(case.experts, case.x, case.weights)
+    local, _ = F.bank_local(case.experts, residuals, case.dy)
+    return {
+        "surprise": F.parameter_surprise(local, case.x, case.weights, case.dy),
+        "counterfactual": F.counterfactual_surprise(local, case.x, case.dy),
+        "neuron": F.neuron_surprise(local, case.x, case.weights, case.dy),
+        "matrix": F.matrix_surprise(local, case.x, case.weights, case.dy),
+        "bias": F.bias_gradients(local, case.weights),
+    }
+
+
 def untied(experts: F.Experts, *, tokens: int) -> F.Experts:
     """A copy of the experts for each token: [T, E, I, H] each."""
     return map1(lambda w: w.expand(tokens, *w.shape).clone(), experts)
@@ -166,6 +179,17 @@ def pair_gradients(case: Case) -> F.Experts:
         return (untied_forward(experts, case.x, case.weights) * case.dy).sum()
 
     return grad(loss)(untied(case.experts, tokens=len(case.x)))
+
+
+def pair_bias_gradients(case: Case) -> Tensor:
+    """What each token gives to a bias on every pre-activation of gate and up: [T, 2, E, I]."""
+
+    def loss(biases: Tensor, x_H: Tensor, w_E: Tensor, g_H: Tensor) -> Tensor:
+        h1, h3 = torch.stack(case.experts[:2]) @ x_H + biases
+        return torch.einsum("ei,eih,e,h->", silu(h1) * h3, case.experts.down, w_E, g_H)
+
+    nothing = torch.zeros(2, *case.experts.gate.shape[:2], dtype=case.x.dtype)
+    return vmap(grad(loss), (None, 0, 0, 0))(nothing, case.x, case.weights, case.dy)
 
 
 def pair_norms(pairs: F.Experts) -> Tensor:

@@ -24,7 +24,12 @@ from tests.support import (
     cases,
     differentiate,
     inputs_of,
+    least_pairs,
     make_case,
+    measures,
+    pair_bias_gradients,
+    pair_gradients,
+    pair_norms,
     project,
     record,
     stacked,
@@ -32,7 +37,8 @@ from tests.support import (
 )
 
 Chosen = F.Backend | Tiling
-TAPS: tuple[F.TapName, ...] = ("surprise", "neuron")
+UNMASKED: tuple[F.TapName, ...] = ("surprise", "neuron", "matrix")
+TAPS: tuple[F.TapName, ...] = (*UNMASKED, "bias")
 SPARSE: tuple[Chosen, ...] = ("grouped", "loop", Tiling(12, 0.5), Tiling(40, 2.0), Tiling(1000, 0.0), Tiling(1, 9.0))
 BACKENDS: tuple[Chosen, ...] = (*get_args(F.Backend), *SPARSE[2:])
 ENGINES: tuple[tree.Engine, ...] = get_args(tree.Engine)
@@ -77,9 +83,25 @@ def test_engines_agree_and_taps_change_no_gradient_bit_for_bit(
 
 @given(cases(), st.sampled_from(BACKENDS))
 def test_smk_masks_the_experts_alone(case: Case, backend: Chosen) -> None:
-    plain = differentiate(case, min_k=case.weights.shape[1], taps=TAPS, backend=backend)
-    masked = differentiate(case, min_k=1, taps=TAPS, backend=backend)
+    plain = differentiate(case, min_k=case.weights.shape[1], taps=UNMASKED, backend=backend)
+    masked = differentiate(case, min_k=1, taps=UNMASKED, backend=backend)
     assert_same(masked._replace(experts=plain.experts), plain)
+
+
+@given(cases(), st.sampled_from(BACKENDS), st.data())
+def test_biases_are_of_the_pairs_that_learn_whether_or_not_the_experts_do(
+    case: Case, backend: Chosen, data: st.DataObject
+) -> None:
+    min_k = data.draw(st.integers(1, case.weights.shape[1]))
+    biases = pair_bias_gradients(case)
+    keep = least_pairs(pair_norms(pair_gradients(case)), case.weights, min_k=min_k)
+    expected = torch.where(keep[:, None, :, None], biases, 0).sum(dim=0)
+    together = differentiate(case, min_k=min_k, taps=TAPS, backend=backend).taps["bias"]
+    tap = inputs_of(case, ("bias",)).taps["bias"].requires_grad_()
+    y = F.bank(case.experts, case.x, case.weights, {"bias": tap}, min_k=min_k, backend=backend)
+    (alone,) = torch.autograd.grad(y, tap, case.dy)
+    assert_same(alone, together)
+    assert_close(alone, expected, bound=BOUND)
 
 
 @sparse
@@ -210,8 +232,22 @@ def test_narrow_dtypes_stay_within_their_roundings_of_float64(min_k: int, backen
     # at most sixteen roundings, of half an eps each, stand between the inputs and any gradient
     bound = tolerance(dtype, terms=1)
     assert_close((got.experts, got.x, got.weights), (expected.experts, expected.x, d_weights), bound=bound)
-    dense = differentiate(exact, min_k=8, taps=TAPS)
-    assert_close(got.taps, dense.taps, bound=2 * bound)  # the neuron's is squared
+    dense = differentiate(exact, min_k=8, taps=UNMASKED)
+    learning = exact._replace(weights=torch.where(keep, exact.weights, 0))
+    taps = {**dense.taps, "bias": measures(learning)["bias"]}
+    assert {leaf.dtype for leaf in tree.leaves(got.taps)} == {torch.float32}
+    assert_close(got.taps, taps, bound=2 * bound)  # those of neurons and matrices are squared
+
+
+@every_backend
+@pytest.mark.parametrize("min_k", [1, 3])
+def test_taps_of_bfloat16_sum_over_tokens_in_float32(backend: Chosen, min_k: int) -> None:
+    """Of equal tokens with one input, whose products round as those of a token alone."""
+    one = make_case(0, T=1, H=1, E=3, I=2, density=1.0, dtype=torch.bfloat16)
+    many = Case(one.experts, *(leaf.repeat(257, 1) for leaf in one[1:]))
+    once, summed = (differentiate(case, min_k=min_k, taps=TAPS, backend=backend).taps for case in (one, many))
+    for name in ("neuron", "matrix", "bias"):
+        assert_close(summed[name], 257 * once[name], bound=tolerance(torch.float32, terms=257))
 
 
 @pytest.mark.parametrize("backend", ["grouped", Tiling(12, 2.0), Tiling(1, 2.0)], ids=str)
@@ -227,6 +263,8 @@ def test_what_is_not_finite_stays_with_its_token_and_its_experts(backend: Chosen
         got = differentiate(case._replace(weights=weights, **{field: values}), min_k=min_k, taps=TAPS, backend=backend)
         others = [0, 1, 3, 4, 5]
         assert_same(tree.map1(lambda g: g[[0, 2, 3]], got.experts), tree.map1(lambda g: g[[0, 2, 3]], clean.experts))
+        for name in ("neuron", "matrix", "bias"):
+            assert_same(got.taps[name][..., [0, 2, 3], :], clean.taps[name][..., [0, 2, 3], :])
         for mine, plain in ((got.x, clean.x), (got.weights, clean.weights)):
             assert_close(mine[others], plain[others], bound=BOUND)
         assert not got.taps["surprise"][2, 1].isfinite()

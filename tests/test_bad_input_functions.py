@@ -69,6 +69,7 @@ SPECS: dict[str, Spec] = {
         ("E",),
         {"rate": 0.1},
     ),
+    "bias_gradients": Spec(lambda t, n: F.bias_gradients(local(t), t["weights"]), {**LOCAL, **W}, ("2 E I",)),
     "biased_top_k_route": Spec(
         lambda t, n: F.biased_top_k_route(t["logits"], t["bias"], k=int(n["k"]), normalise=True),
         {**LOGITS, "bias": "float E"},
@@ -76,8 +77,8 @@ SPECS: dict[str, Spec] = {
         {"k": 2},
     ),
     "centre_inputs": Spec(
-        lambda t, n: F.centre_inputs(experts(t), local(t), t["weights"], t["centre"]),
-        {**BANK, **LOCAL, **W, "centre": "float E H"},
+        lambda t, n: F.centre_inputs(experts(t), t["biases"], t["centre"]),
+        {**BANK, "biases": "float 2 E I", "centre": "float E H"},
         THREE,
     ),
     "consolidate": Spec(
@@ -131,8 +132,9 @@ SPECS: dict[str, Spec] = {
     "load_balance_loss": Spec(
         lambda t, n: F.load_balance_loss(t["scores"], t["active"]), {"scores": "float T E", "active": "bool T E"}, ("",)
     ),
-    "matrix_shares": Spec(
-        lambda t, n: F.matrix_shares(local(t), t["x"], t["weights"], t["dy"]), {**LOCAL, **X, **W, **DY}, ("3",)
+    "matrix_shares": Spec(lambda t, n: F.matrix_shares(t["squares"]), {"squares": "float 3 E I"}, ("3",)),
+    "matrix_surprise": Spec(
+        lambda t, n: F.matrix_surprise(local(t), t["x"], t["weights"], t["dy"]), {**LOCAL, **X, **W, **DY}, ("3 E I",)
     ),
     "max_k_mask": Spec(
         lambda t, n: F.max_k_mask(t["surprise"], t["active"], max_k=int(n["max_k"])),

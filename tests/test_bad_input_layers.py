@@ -17,7 +17,7 @@ from torch import Tensor
 import onn.functional as F
 from onn import lessons, objective, qwen3, train, tree
 from onn.data import Batch
-from onn.objective import Measured, MoeTraining, RouterTarget
+from onn.objective import ExpertOptimizer, Measured, MoeTraining, RouterTarget
 from onn.qwen3 import Attention, Carved, Layer, Mlp, Model, Moe
 from onn.region import inline
 from onn.tree import Tree
@@ -136,7 +136,25 @@ def scaled(t: Tensors) -> Tree:
 
 TAUGHT = {**ROUTER, **X_TH, "tap": "float T E", "mix": "float"}
 TEXT = {"tokens": "integer C N", "targets": "integer C N", "mask": "bool C N"}
+
+
+def taught(t: Tensors, *taps: str) -> Tree:
+    routing = F.Routing(t["weights"], t["weights"], t["weights"])
+    seen = Carved(x=t["x"], affinity=t["x"], routing=routing)
+    found = {name: t[name] for name in taps}
+    return lessons.expert_lesson(experts(t), t["importance"], seen, found, config=SPARSE.consolidation)
+
+
+CONSOLIDATED = {
+    **BANK,
+    "importance": "float E I",
+    "x": "float T H",
+    "weights": "float T E",
+    "matrix": "float 3 E I",
+    "bias": "float 2 E I",
+}
 PARTS: dict[str, Spec] = {
+    "expert_lesson": Spec(lambda t, n: taught(t, "matrix", "bias"), CONSOLIDATED, (*("E I H",) * 3, "E I")),
     "router_objective": Spec(lambda t, n: aim(t), TAUGHT, ("",)),
     "router_lesson, normalised": Spec(lambda t, n: lesson(t, "normalised"), TAUGHT, ("E H", "E")),
     "router_lesson, counterfactual": Spec(lambda t, n: lesson(t, "counterfactual"), TAUGHT, ("E H", "E")),
@@ -279,6 +297,14 @@ REFUSALS: dict[str, Refusal] = {
             config=teaching("counterfactual"),
         ),
         ("target='counterfactual'", "'counterfactual'", "['surprise']"),
+    ),
+    "expert_lesson, no tap": Refusal(
+        lambda: taught({name: tensor(dims, seed=0) for name, dims in CONSOLIDATED.items()}, "bias"),
+        ("expert_lesson", "'matrix'", "['bias']"),
+    ),
+    "init_state, another optimizer": Refusal(
+        lambda: train.init_state(STATE.model, experts=cast("ExpertOptimizer", "adam")),
+        ("init_state", "experts", "'adam'"),
     ),
     "init_state": Refusal(lambda: train.init_state(cast("Model", FIRST)), ("init_state", "got Layer")),
     "init_state, a bank": Refusal(

@@ -17,116 +17,19 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import calibration, data, optim, settings, tiling
+from onn import calibration, data, optim, rounding, settings, tiling
 from onn.corpus import Corpus
 from onn.data import Batch, Pool
-from onn.region import inline
-from onn.tree import Tree
 from tests.bad_arguments import Spec, Tensors
 from tests.bad_calls import Refusal, assert_all_handled, assert_all_tried, refused
+from tests.bad_optim import OPTIM
 from tests.test_train import SETTINGS, SPARSE
-
-Numbers = Mapping[str, float]
-RATES = {"beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.1}
-LR = torch.tensor(0.01)
-ADAMW = {
-    "params": "float E H",
-    "grads": "float E H",
-    "steps": "integer E 1",
-    "mean": "float E H",
-    "square": "float E H",
-    "learns": "bool E 1",
-}
-
-
-def rates(n: Numbers) -> optim.Rates:
-    return optim.Rates(beta1=n["beta1"], beta2=n["beta2"], eps=n["eps"], weight_decay=n["weight_decay"])
-
-
-def stepped(t: Tensors, n: Numbers) -> Tree:
-    state = optim.AdamWState(t["steps"], t["mean"], t["square"])
-    values = rates(n)
-    return optim.adamw(
-        *(t["params"], t["grads"], state, t["learns"], t.get("noise", ())),
-        lr=t["lr"],
-        beta1=values.beta1,
-        beta2=values.beta2,
-        eps=values.eps,
-        weight_decay=values.weight_decay,
-    )
-
-
-def stepped_leaf(t: Tensors, n: Numbers) -> Tree:
-    params, grads, steps, mean, square, learns = (t[name] for name in ADAMW)
-    entry = optim.Entry(params, grads, steps, mean, square, learns, (t["noise"],))
-    return optim.adamw_leaf(entry, lr=t["lr"], scale=t["scale"], rates=rates(n), region=inline)
 
 
 def pool_of(t: Tensors) -> Pool:
     return Pool(t["tokens"], t["mask"], t["starts"], t["bounds"], 3)
 
 
-STEPS, LEARNS = torch.ones(10, 1, dtype=torch.int64), torch.ones(10, 1, dtype=torch.bool)
-BRAIN = torch.ones(10, 5, dtype=torch.bfloat16)
-BITS = torch.zeros(10, 5, dtype=torch.int16)
-OPTIM: dict[str, Spec] = {
-    "adamw": Spec(
-        stepped,
-        {**ADAMW, "lr": "float"},
-        ("E H", "E 1", "E H", "E H"),
-        RATES,
-        {"steps": STEPS, "square": BITS.float(), "lr": LR},
-    ),
-    "adamw_init": Spec(
-        lambda t, n: optim.adamw_init(t["params"], t["learns"]),
-        {"params": "float E H", "learns": "E 1"},
-        ("E 1", "E H", "E H"),
-        free=("params", "learns"),
-    ),
-    "adamw_leaf": Spec(
-        stepped_leaf,
-        {**ADAMW, "noise": "integer E H", "lr": "float", "scale": "float"},
-        ("E H", "E 1", "E H", "E H"),
-        RATES,
-        {"params": BRAIN, "grads": BRAIN, "steps": STEPS, "square": BITS.float(), "noise": BITS, "lr": LR},
-    ),
-    "clip_by_global_norm": Spec(
-        lambda t, n: optim.clip_by_global_norm(t["grads"], max_norm=n["max_norm"]),
-        {"grads": "float E H"},
-        ("E H", ""),
-        {"max_norm": 1.0},
-        free=("grads",),
-    ),
-    "clip_scale": Spec(
-        lambda t, n: optim.clip_scale(t["norm"], max_norm=n["max_norm"]),
-        {"norm": "float"},
-        ("",),
-        {"max_norm": 1.0},
-        free=("norm",),
-    ),
-    "global_norm": Spec(lambda t, n: optim.global_norm(t["grads"]), {"grads": "float E H"}, ("",), free=("grads",)),
-    "narrow": Spec(
-        lambda t, n: optim.narrow(t["x"], torch.bfloat16, t["bits"]),
-        {"x": "float E H", "bits": "integer E H"},
-        ("E H",),
-        values={"bits": BITS},
-    ),
-    "stochastic_round": Spec(
-        lambda t, n: optim.stochastic_round(t["x"], t["bits"]),
-        {"x": "float E H", "bits": "integer E H"},
-        ("E H",),
-        values={"bits": BITS},
-    ),
-    "warmup_cosine": Spec(
-        lambda t, n: optim.warmup_cosine(
-            t["step"], peak=n["peak"], warmup=int(n["warmup"]), total=int(n["total"]), floor=n["floor"]
-        ),
-        {"step": "real"},
-        ("",),
-        {"peak": 0.1, "warmup": 2, "total": 40, "floor": 0.1},
-        free=("step",),
-    ),
-}
 TEXT = {"tokens": "integer N", "mask": "bool N"}
 COUNTED = torch.ones(7, dtype=torch.bool)
 DATA: dict[str, Spec] = {
@@ -309,6 +212,10 @@ VALUES: dict[str, tuple[object, Mapping[str, tuple[object, ...]]]] = {
             "clip_norm": (math.nan, 0.0, -1.0, 1e39),
         },
     ),
+    "ConsolidationConfig": (
+        SPARSE.consolidation,
+        {"lr": NEITHER, "damping": (*NEITHER, 0.0), "eps": (*NEITHER, 0.0)},
+    ),
     "IntegrityConfig": (
         SETTINGS.integrity,
         {"alpha": NEITHER, "gamma": OUTSIDE, "tau_floor": (*NEITHER, 0.0), "delta": NEITHER},
@@ -329,7 +236,7 @@ VALUES: dict[str, tuple[object, Mapping[str, tuple[object, ...]]]] = {
     ),
     "DensityConfig": (SPARSE.density, {"target": OUTSIDE, "ramp_steps": (-1, 2**63), "gain": OUTSIDE}),
     "DistillConfig": (SPARSE.distill, {"weight": OUTSIDE, "temperature": (*NEITHER, 0.0)}),
-    "MoeTraining": (SPARSE, {"granularity": ("tokens",)}),
+    "MoeTraining": (SPARSE, {"granularity": ("tokens",), "optimizer": ("adam",)}),
     "StepConfig": (SETTINGS, {"total_steps": (-1, 2**63), "engine": ("autograds",)}),
 }
 """Of every class: one that is right, and values that its fields refuse."""
@@ -362,9 +269,7 @@ def test_a_backend_of_active_pairs_alone_is_refused_with_the_counterfactual_targ
     asked = replace(SPARSE.router, target="counterfactual")
     active_only = replace(SPARSE.moe, backend=backend)
     refused(
-        lambda: settings.MoeTraining(
-            moe=active_only, granularity="token", router=asked, density=SPARSE.density, distill=SPARSE.distill
-        ),
+        lambda: replace(SPARSE, moe=active_only, router=asked),
         *("MoeTraining", "router.target='counterfactual'", "'dense'", "'auto'", repr(backend)),
     )
     assert replace(SPARSE, moe=active_only).moe.backend == backend
@@ -372,7 +277,7 @@ def test_a_backend_of_active_pairs_alone_is_refused_with_the_counterfactual_targ
         replace(SPARSE, router=asked, moe=replace(SPARSE.moe, backend=fitting))
 
 
-MODULES = (optim, data, tiling, calibration)
+MODULES = (optim, rounding, data, tiling, calibration)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: str(module.__name__))

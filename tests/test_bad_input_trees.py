@@ -252,6 +252,15 @@ CASE = make_case(0, T=4, H=5, E=3, I=2)
 RESIDUALS = F.bank_forward(CASE.experts, CASE.x, CASE.weights)[1]
 
 
+TAP_SHAPES: Mapping[str, tuple[int, ...]] = {
+    "surprise": (4, 3),
+    "counterfactual": (4, 3),
+    "neuron": (3, 2),
+    "matrix": (3, 3, 2),
+    "bias": (2, 3, 2),
+}
+
+
 def banked(tap: object = WHOLE, backend: object = "dense") -> object:
     taps = cast("Mapping[str, Tensor]", {"surprise": torch.zeros(4, 3)} if tap is WHOLE else tap)
     return F.bank(CASE.experts, CASE.x, CASE.weights, taps, min_k=2, backend=cast("F.Backend", backend))
@@ -291,8 +300,15 @@ FUNCTIONAL: dict[str, Refusal] = {
         f"bank, a {name} tap of {kind}": Refusal(
             partial(banked, {name: torch.zeros(shape).to(kind)}), ("bank", f"float tap {name}", str(kind))
         )
-        for name, shape in (("surprise", (4, 3)), ("counterfactual", (4, 3)), ("neuron", (3, 2)))
+        for name, shape in TAP_SHAPES.items()
         for kind in (torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn)
+    },
+    **{
+        f"bank, a {name} tap of {changed}": Refusal(
+            partial(banked, {name: torch.zeros(changed)}), ("bank", "does not fit", f"tap {name} {changed}")
+        )
+        for name, shape in TAP_SHAPES.items()
+        for changed in ([1, *shape], [*shape[:-1], 9], [9, *shape[1:]])
     },
     "bank, a tap that is none": Refusal(partial(banked, {"surprise": None}), ("bank", "tap surprise", "NoneType")),
     "bank, a tap of a list": Refusal(partial(banked, [LEAF]), ("bank", "tap", "list")),

@@ -29,9 +29,11 @@ from tests.support import (
     differentiate,
     inputs_of,
     make_case,
+    measures,
     normal,
     project,
     record,
+    stacked,
     tolerance,
 )
 
@@ -46,15 +48,9 @@ def specification(case: Case) -> F.BankGrads:
     return F.bank_vjp(case.experts, case.x, case.weights, residuals, case.dy, select=None)
 
 
-def measures(case: Case) -> dict[str, Tensor]:
-    """What each tap shall say."""
-    _, residuals = F.bank_forward(case.experts, case.x, case.weights)
-    local, _ = F.bank_local(case.experts, residuals, case.dy)
-    return {
-        "surprise": F.parameter_surprise(local, case.x, case.weights, case.dy),
-        "counterfactual": F.counterfactual_surprise(local, case.x, case.dy),
-        "neuron": F.neuron_surprise(local, case.x, case.weights, case.dy),
-    }
+def without_bias(taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What no mask changes."""
+    return {name: tap for name, tap in taps.items() if name != "bias"}
 
 
 def by_loop(experts: F.Experts, x: Tensor, weights: Tensor) -> Tensor:
@@ -190,7 +186,11 @@ def test_degenerate_banks_are_the_untied_definition(name: str) -> None:
     assert_close(got.taps, measures(case), bound=BOUND)
     for min_k in range(1, 4):
         masked = differentiate(case, min_k=min_k, taps=TAPS)
-        assert_same((masked.x, masked.weights, masked.taps), (got.x, got.weights, got.taps))
+        kept = F.min_k_mask(got.taps["surprise"], case.weights != 0, min_k=min_k)
+        learning = case._replace(weights=torch.where(kept, case.weights, 0))
+        assert_close(masked.taps["bias"], measures(learning)["bias"], bound=BOUND)
+        unmasked, whole = (without_bias(one.taps) for one in (masked, got))
+        assert_same((masked.x, masked.weights, unmasked), (got.x, got.weights, whole))
 
 
 @pytest.mark.parametrize("min_k", [1, 4])
@@ -220,9 +220,7 @@ def test_inputs_of_any_strides_give_the_same(min_k: int, engine: tree.Engine) ->
 def test_an_ensemble_under_vmap_is_the_loop_over_its_models(min_k: int, taps: tuple[F.TapName, ...]) -> None:
     models = [make_case(seed, T=5, H=6, E=4, I=3, density=density) for seed, density in ((0, 0.3), (9, 0.7), (50, 1.0))]
     inputs = [inputs_of(case, taps) for case in models]
-    ensemble = tree.unflatten(
-        inputs[0], [torch.stack(column) for column in zip(*map(tree.leaves, inputs), strict=True)]
-    )
+    ensemble = stacked(inputs)
     dy = torch.stack([case.dy for case in models])
 
     def everything(inputs: Inputs, dy: Tensor) -> tuple[Tensor, Inputs]:
@@ -254,7 +252,9 @@ def test_narrow_dtypes_stay_within_their_roundings_of_float64(seed: int, min_k: 
     # at most sixteen roundings, of half an eps each, stand between the inputs and any gradient
     bound = tolerance(dtype, terms=1)
     assert_close((got.experts, got.x, got.weights), (expected.experts, expected.x, expected.weights), bound=bound)
-    assert_close(got.taps, measures(exact), bound=2 * bound)  # the neuron's is squared
+    learning = exact._replace(weights=torch.where(keep, exact.weights, 0))
+    taps = {**measures(exact), "bias": measures(learning)["bias"]}
+    assert_close(got.taps, taps, bound=2 * bound)  # those of neurons and matrices are squared
     y, y64 = (project(inputs_of(c), c.dy, min_k=min_k)[1] for c in (case, exact))
     assert y.dtype == dtype
     assert_close(y, y64, bound=bound)
@@ -271,22 +271,25 @@ def test_zero_taps_are_zeros_in_the_dtype_of_reductions() -> None:
     for dtype, reduced in ((torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2):
         experts = make_case(0, T=1, H=5, E=3, I=2, dtype=dtype).experts
         taps = F.zero_taps(TAPS, tokens=4, experts=experts)
-        shapes = {"surprise": (4, 3), "counterfactual": (4, 3), "neuron": (3, 2)}
+        shapes: dict[str, tuple[int, ...]] = {"surprise": (4, 3), "counterfactual": (4, 3)}
+        shapes |= {"neuron": (3, 2), "matrix": (3, 3, 2), "bias": (2, 3, 2)}
         assert_same(taps, {name: torch.zeros(shape, dtype=reduced) for name, shape in shapes.items()})
     assert F.zero_taps((), tokens=4, experts=experts) == {}
     with pytest.raises(ValueError, match="unknown name='surprize'; did you mean 'surprise'"):
         F.zero_taps((cast("F.TapName", "surprize"),), tokens=4, experts=experts)
 
 
-def backward(case: Case, min_k: int, taps: Mapping[str, Tensor]) -> None:
+def backward(case: Case, min_k: int, taps: Mapping[str, Tensor], *, teach: bool = True) -> None:
     experts, x = tree.map1(lambda leaf: leaf.clone().requires_grad_(), (case.experts, case.x))
-    project(Inputs(experts, x, case.weights, taps), case.dy, min_k=min_k)[0].backward()
+    learnt = experts if teach else tree.detach(experts)
+    project(Inputs(learnt, x, case.weights, taps), case.dy, min_k=min_k)[0].backward()
 
 
 @pytest.mark.parametrize("differentiated", TAP_SETS)
+@pytest.mark.parametrize("teach", [True, False])
 @pytest.mark.parametrize("min_k", [2, 3])
 def test_a_tap_that_is_not_differentiated_costs_nothing_and_stays_empty(
-    differentiated: tuple[F.TapName, ...], min_k: int
+    differentiated: tuple[F.TapName, ...], teach: bool, min_k: int
 ) -> None:
     case = make_case(1, T=4, H=5, E=3, I=2)
 
@@ -294,16 +297,20 @@ def test_a_tap_that_is_not_differentiated_costs_nothing_and_stays_empty(
         return F.zero_taps(names, tokens=4, experts=case.experts)
 
     taps = {name: zero.requires_grad_(name in differentiated) for name, zero in zeros(TAPS).items()}
-    offered = record(lambda: backward(case, min_k, taps)).operators
+    offered = record(lambda: backward(case, min_k, taps, teach=teach)).operators
     assert {name for name, tap in taps.items() if tap.grad is not None} == set(differentiated)
     alone = {name: zero.requires_grad_() for name, zero in zeros(differentiated).items()}
-    asked = record(lambda: backward(case, min_k, alone)).operators
+    asked = record(lambda: backward(case, min_k, alone, teach=teach)).operators
     assert offered == asked
-    plain = min_k == 3
-    by_norm = not plain or "surprise" in differentiated or "counterfactual" in differentiated
+    selects = min_k < 3 and (teach or "bias" in differentiated)
+    by_norm = selects or "surprise" in differentiated or "counterfactual" in differentiated
+    squares = "neuron" in differentiated or "matrix" in differentiated
     assert bool(asked["aten.hypot.default"]) == by_norm
-    assert bool(asked["aten.linalg_vector_norm.default"]) == (by_norm or "neuron" in differentiated)
-    assert bool(asked["aten.sort.stable"]) != plain
+    assert bool(asked["aten.linalg_vector_norm.default"]) == (by_norm or squares)
+    assert bool(asked["aten.sort.stable"]) == selects
+    assert bool(asked["onn.segment_outer.default"]) == (selects and teach)
+    assert asked["aten.pow.Tensor_Scalar"] == 3 * squares
+    assert asked["aten.stack.default"] == squares + ("bias" in differentiated)
 
 
 def test_the_plain_layer_multiplies_no_more_than_stock_autograd() -> None:

@@ -6,6 +6,7 @@ A failure here after an upgrade means that torch has changed under the library, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ from tests.support import (
 )
 from tests.test_qwen3 import MOE, config, parameters
 
-TAPS: tuple[F.TapName, ...] = ("surprise", "counterfactual", "neuron")
+TAPS: tuple[F.TapName, ...] = get_args(F.TapName)
 DROPPED = (
     f"torch {torch.__version__} silently drops a custom autograd.Function.backward under "
     "torch.compile(torch.func.grad(f)): a compiled step would measure no surprise and mask no gradient. "
@@ -202,7 +203,7 @@ def test_trap_9_optree_and_torch_read_our_trees_in_one_order(name: str) -> None:
 def test_trap_9_taps_mean_what_their_names_say_in_any_order(engine: tree.Engine) -> None:
     case = make_case(8, T=4, H=5, E=4, I=3)
     expected = differentiate(case, min_k=2, taps=TAPS).taps
-    for names in (TAPS, TAPS[::-1], (TAPS[1], TAPS[2], TAPS[0])):
+    for names in (TAPS, TAPS[::-1], (*TAPS[1:], TAPS[0])):
         got = differentiate(case, min_k=2, taps=names, engine=engine).taps
         assert set(got) == set(TAPS)
         for tap in TAPS:

@@ -57,17 +57,18 @@ def by_tokens(case: Case, centre: Tensor) -> F.Experts:
 def test_a_centred_gradient_is_that_of_what_differs_from_the_centre(case: Case, seed: int) -> None:
     grads, local = passed(case)
     centre = normal(seed, case.weights.shape[1], case.x.shape[1])
-    got = F.centre_inputs(grads, local, case.weights, centre)
+    biases = F.bias_gradients(local, case.weights)
+    got = F.centre_inputs(grads, biases, centre)
     assert_close(got, tree.grad(output)(case.experts, case, centre), bound=BOUND)
     assert_close(got, by_tokens(case, centre), bound=BOUND)
-    assert_same(F.centre_inputs(grads, local, case.weights, torch.zeros_like(centre)), grads)
+    assert_same(F.centre_inputs(grads, biases, torch.zeros_like(centre)), grads)
 
 
 @given(case=cases())
 def test_an_expert_learns_nothing_of_gate_and_up_from_equal_inputs_less_their_mean(case: Case) -> None:
     same = case._replace(x=case.x[:1].expand_as(case.x), weights=case.weights.abs())
     grads, local = passed(same)
-    got = F.centre_inputs(grads, local, same.weights, F.expert_means(same.x, same.weights))
+    got = F.centre_inputs(grads, F.bias_gradients(local, same.weights), F.expert_means(same.x, same.weights))
     for name in ("gate", "up"):
         assert_close(getattr(got, name), torch.zeros_like(getattr(got, name)), bound=BOUND)
     assert_same(got.down, grads.down)
@@ -104,15 +105,18 @@ def test_what_does_not_learn_has_no_part_in_centre_or_shares(dtype: torch.dtype,
     )
     centre = F.expert_means(case.x, case.weights).to(dtype)
     assert_same(
-        *(F.centre_inputs(experts, part, weights, centre) for experts, part, _, weights, _ in (plain, given_nan))
+        *(
+            F.centre_inputs(experts, F.bias_gradients(part, weights), centre)
+            for experts, part, _, weights, _ in (plain, given_nan)
+        )
     )
-    assert_same(*(F.matrix_shares(part, x, weights, dy) for _, part, x, weights, dy in (plain, given_nan)))
+    assert_same(*(F.matrix_shares(F.matrix_surprise(part, *rest)) for _, part, *rest in (plain, given_nan)))
 
 
 @given(case=cases())
 def test_shares_are_those_of_the_squared_gradients_of_single_tokens(case: Case) -> None:
     _, local = passed(case)
-    got = F.matrix_shares(local, case.x, case.weights, case.dy)
+    got = F.matrix_shares(F.matrix_surprise(local, case.x, case.weights, case.dy))
     squares = torch.zeros(3, dtype=torch.float64)
     for t in range(len(case.x)):
         one = case._replace(x=case.x[t : t + 1], weights=case.weights[t : t + 1], dy=case.dy[t : t + 1])

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from experiments import full_size, make_checkpoint, pipeline
 from experiments.memory import Meter
 from experiments.presets import QWEN3_06B, RunConfig
-from onn import carve, data, observe, qwen3, train, tree, weights
+from onn import carve, data, descent, observe, qwen3, train, tree, weights
 from onn.objective import DistillConfig
 from onn.qwen3 import Model
 from onn.train import State
@@ -142,7 +142,7 @@ def test_a_step_in_pieces_is_the_step_in_one(piece: int, dtype: torch.dtype, mon
     state = carved_state(dtype=dtype)
     noise = rounding(state.model, 0) if dtype == torch.bfloat16 else ()
     expected = train.step(state, batch(0), noise, SETTINGS)
-    monkeypatch.setattr(train, "_PIECE", piece)
+    monkeypatch.setattr(descent, "_PIECE", piece)
     assert_same(train.step(state, batch(0), noise, SETTINGS), expected)
 
 
@@ -161,14 +161,14 @@ def test_a_state_and_a_noise_that_are_handed_over_are_let_go_leaf_by_leaf(monkey
     held = [State(*tree.map1(torch.clone, state))]
     references = [*watched(held[0].model), *watched(held[0].optimizer.mean), *watched(bits[0])]
     counts = []
-    pieces = train._pieces
+    pieces = descent._pieces
 
     def counted(leaf: torch.Tensor) -> int:
         counts.append(alive(references))
         return pieces(leaf)
 
-    monkeypatch.setattr(train, "_PIECE", 1)
-    monkeypatch.setattr(train, "_pieces", counted)
+    monkeypatch.setattr(descent, "_PIECE", 1)
+    monkeypatch.setattr(descent, "_pieces", counted)
     after, _ = train.step(held.pop(), batch(0), bits.pop(), SETTINGS)
     assert len(counts) == len(tree.leaves(after.model)) == len(references) // 3
     assert counts == list(range(len(references), 0, -3))

@@ -12,7 +12,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from types import FunctionType
-from typing import Literal, NamedTuple, get_origin, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -96,12 +96,12 @@ class Law(NamedTuple):
 
 
 def _bank(m: Material) -> Tree:
-    zeros = F.zero_taps(("surprise", "neuron"), tokens=T, experts=m.experts)
+    zeros = F.zero_taps(get_args(F.TapName), tokens=T, experts=m.experts)
     return F.bank(m.experts, m.x, m.weights, zeros, min_k=2, backend="dense")
 
 
 def _surprise_and_grad(m: Material) -> Tree:
-    taps = (F.zero_taps(("surprise", "counterfactual"), tokens=T, experts=m.experts),)
+    taps = (F.zero_taps(get_args(F.TapName), tokens=T, experts=m.experts),)
 
     def loss(experts: F.Experts, x: Tensor, taps: Taps) -> tuple[Tensor, Tensor]:
         y = F.bank(experts, x, m.weights, taps[0], min_k=2, backend="dense")
@@ -122,8 +122,9 @@ LAWS: dict[str, Law] = {
         ),
         ("surprise",),
     ),
+    "bias_gradients": Law(lambda m: F.bias_gradients(m.local, m.weights), ("",)),
     "biased_top_k_route": Law(lambda m: F.biased_top_k_route(m.logits, m.router.thresholds, k=2, normalise=True)),
-    "centre_inputs": Law(lambda m: F.centre_inputs(m.experts, m.local, m.weights, F.expert_means(m.x, m.weights))),
+    "centre_inputs": Law(lambda m: F.centre_inputs(m.experts, m.local.c1[:2], F.expert_means(m.x, m.weights))),
     "consolidate": Law(
         lambda m: (
             F.consolidate(m.experts, m.surprise[:E, :I], form="root", strength=1.0, eps=1e-3),
@@ -150,7 +151,8 @@ LAWS: dict[str, Law] = {
     "input_surprise": Law(lambda m: F.input_surprise(m.local, m.experts, m.weights), ("",)),
     "integrity_integral": Law(lambda m: F.integrity_integral(m.pi, delta=2.0), ("",)),
     "load_balance_loss": Law(lambda m: F.load_balance_loss(m.logits, m.active), ("",)),
-    "matrix_shares": Law(lambda m: F.matrix_shares(m.local, m.x, m.weights, m.dy), ("",)),
+    "matrix_shares": Law(lambda m: F.matrix_shares(m.local.c1[:3].square()), ("",)),
+    "matrix_surprise": Law(lambda m: F.matrix_surprise(m.local, m.x, m.weights, m.dy), ("",)),
     "max_k_mask": Law(lambda m: F.max_k_mask(m.surprise, m.active, max_k=2)),
     "min_k_indices": Law(lambda m: F.min_k_indices(m.surprise, m.active, min_k=2)),
     "min_k_mask": Law(lambda m: F.min_k_mask(m.surprise, m.active, min_k=2)),
@@ -191,7 +193,7 @@ LAWS: dict[str, Law] = {
     "weight_surprise": Law(lambda m: F.weight_surprise(m.surprise, m.weights), ("",)),
     "whiten_inputs": Law(lambda m: F.whiten_inputs(m.experts, m.x, damping=1.0)),
     "z_loss": Law(lambda m: F.z_loss(m.logits), ("",)),
-    "zero_taps": Law(lambda m: F.zero_taps(("surprise", "neuron"), tokens=T, experts=m.experts), ("",)),
+    "zero_taps": Law(lambda m: F.zero_taps(get_args(F.TapName), tokens=T, experts=m.experts), ("",)),
 }
 every_law = pytest.mark.parametrize("name", LAWS)
 

@@ -16,7 +16,7 @@ import onn.functional as F
 from onn import tree
 from onn.functional.experts import Backend
 from tests.numerics import BACKENDS, Rounded, analysed, assert_within, computed
-from tests.support import BOUND, Case, assert_close, cases, make_case, normal, tolerance
+from tests.support import BOUND, Case, assert_close, assert_same, cases, make_case, normal, tolerance
 
 NARROW = (torch.float32, torch.bfloat16)
 ALL = (*NARROW, torch.float64)
@@ -44,8 +44,9 @@ def learning(case: Case, got: dict[str, Tensor], *, min_k: int) -> Case:
     return case._replace(weights=torch.where(keep, case.weights, 0))
 
 
-def experts_of(got: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: got[name] for name in F.Experts._fields}
+def taught(got: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What only the pairs that learn are in."""
+    return {name: got[name] for name in (*F.Experts._fields, "bias")}
 
 
 @every_backend
@@ -58,7 +59,7 @@ def test_every_result_is_within_its_derived_bound_of_the_exact_one(
     case = scaled(make_case(seed, T=T, H=H, E=E, I=I, dtype=dtype), 10.0**exponent)
     assert_within(every_expert(case, backend), analysed(case, dtype))
     got = computed(case, min_k=min(min_k, E), backend=backend)
-    assert_within(experts_of(got), analysed(learning(case, got, min_k=min(min_k, E)), dtype))
+    assert_within(taught(got), analysed(learning(case, got, min_k=min(min_k, E)), dtype))
 
 
 def test_the_bounds_are_tight_enough_to_see_a_surprise_that_was_once_rounded_to_bfloat16() -> None:
@@ -67,7 +68,7 @@ def test_the_bounds_are_tight_enough_to_see_a_surprise_that_was_once_rounded_to_
     with pytest.raises(AssertionError, match="surprise: off by"):
         assert_within({"surprise": every_expert(case, "dense")["surprise"].bfloat16().float()}, bounds)
     with pytest.raises(AssertionError, match="gate: off by"):
-        assert_within(experts_of(every_expert(tree.map1(lambda leaf: leaf.bfloat16(), case), "dense")), bounds)
+        assert_within(taught(every_expert(tree.map1(lambda leaf: leaf.bfloat16(), case), "dense")), bounds)
 
 
 @every_backend
@@ -76,8 +77,9 @@ def test_surprise_scales_with_the_size_of_the_loss_from_1e_12_to_1e12(
     backend: Backend, case: Case, exponent: float, sign: int
 ) -> None:
     """By a power of two, which rounds nothing, every pair exactly; by any factor, up to rounding."""
-    plain, powers = every_expert(case, backend), {"surprise": 1, "counterfactual": 1, "neuron": 2}
+    plain, powers = every_expert(case, backend), {"surprise": 1, "counterfactual": 1, "neuron": 2, "matrix": 2}
     exact = sign * 2.0 ** round(exponent * 3.3)
+    assert_same(every_expert(scaled(case, exact), backend)["bias"], plain["bias"] * exact)
     for factor, rounding in ((exact, tolerance(torch.float32, terms=1, slack=2)), (sign * 10.0**exponent, None)):
         got = every_expert(scaled(case, factor), backend)
         for name, power in ((name, powers[name]) for name in powers if name in got):
@@ -93,7 +95,7 @@ def test_surprise_scales_with_the_size_of_the_loss_from_1e_12_to_1e12(
 def test_the_same_pairs_learn_at_every_scale_of_the_loss(backend: Backend, exponent: int) -> None:
     case = make_case(0, T=9, H=8, E=6, I=4, dtype=torch.float32, density=1.0)
     plain, got = (computed(c, min_k=2, backend=backend) for c in (case, scaled(case, 10.0**exponent)))
-    for name, gradient in experts_of(plain).items():
+    for name, gradient in taught(plain).items():
         assert_close(got[name], gradient.double() * 10.0**exponent, bound=ROUNDING)
 
 
@@ -130,7 +132,7 @@ def test_a_pair_whose_surprise_overflows_is_counted_and_spoils_no_other_token(ba
     plain = every_expert(case, backend)
     assert_close(got["surprise"][rest], plain["surprise"][rest], bound=ROUNDING)
     assert_close(got["x"][rest], plain["x"][rest], bound=ROUNDING)
-    assert all(bool(torch.isfinite(got[name]).all()) for name in (*F.Experts._fields, "x", "weights"))
+    assert all(bool(torch.isfinite(value).all()) for value in (*taught(got).values(), got["x"], got["weights"]))
 
 
 ZEROED: dict[str, Callable[[Case], Case]] = {
@@ -152,10 +154,10 @@ def test_zeros_leave_of_every_result_what_its_formula_leaves(backend: Backend, d
     got = every_expert(case, backend)
     assert_within(got, analysed(case, dtype), times=2)
     masked = computed(case, min_k=2, backend=backend)
-    assert_within(experts_of(masked), analysed(learning(case, masked, min_k=2), dtype), times=2)
+    assert_within(taught(masked), analysed(learning(case, masked, min_k=2), dtype), times=2)
     if zero in ("weights", "all matrices", "x", "dy"):
         assert not got["surprise"].any()
-        assert not any(bool(gradient.any()) for gradient in experts_of(masked).values())
+        assert not any(bool(gradient.any()) for gradient in taught(masked).values())
     if backend == "dense":
         assert bool(got["counterfactual"].any()) == (zero in ("weights", "gate", "up", "down"))
 
@@ -173,10 +175,12 @@ def test_one_token_with_one_active_expert_is_that_expert_alone(
     bounds = analysed(alone, dtype)
     here = {name: got[name][[chosen]] for name in F.Experts._fields}
     here |= {name: got[name][:, [chosen]] for name in ("surprise", "weights")}
-    assert_within({**here, "y": got["y"], "x": got["x"], "neuron": got["neuron"][[chosen]]}, bounds, times=2)
+    here |= {name: got[name][..., [chosen], :] for name in ("neuron", "matrix", "bias")}
+    assert_within({**here, "y": got["y"], "x": got["x"]}, bounds, times=2)
     others = torch.arange(5) != chosen
     assert not got["surprise"][:, others].any()
     assert not any(got[name][others].any() for name in (*F.Experts._fields, "neuron"))
+    assert not any(got[name][:, others].any() for name in ("matrix", "bias"))
 
 
 @every_backend
@@ -215,7 +219,7 @@ def test_the_order_of_the_tokens_changes_nothing_beyond_rounding(
     plain, got = (computed(c, min_k=2, backend=backend) for c in (case, shuffled))
     kept, kept_shuffled = (learning(c, g, min_k=2) for c, g in ((case, plain), (shuffled, got)))
     if torch.equal(kept.weights[order], kept_shuffled.weights):  # all but pairs that tie up to rounding
-        assert_within(experts_of(got), analysed(kept, dtype), times=2)
+        assert_within(taught(got), analysed(kept, dtype), times=2)
 
 
 @every_backend
@@ -228,7 +232,7 @@ def test_accumulated_micro_batches_are_one_batch(backend: Backend, pieces: int, 
         computed(Case(case.experts, *rows), min_k=min_k, backend=backend)
         for rows in zip(*(leaf.chunk(pieces) for leaf in (case.x, case.weights, case.dy)), strict=True)
     ]
-    for name in (*F.Experts._fields, "neuron"):
+    for name in (*F.Experts._fields, "neuron", "matrix", "bias"):
         assert_close(torch.stack([part[name] for part in parts]).sum(dim=0), whole[name], bound=BOUND)
     for name in ("y", "x", "weights", "surprise"):
         assert_close(torch.cat([part[name] for part in parts]), whole[name], bound=BOUND)

@@ -22,11 +22,13 @@ from tests.support import (
     kept_sum,
     least_pairs,
     make_case,
+    pair_bias_gradients,
     pair_gradients,
     pair_norms,
 )
 
 ENGINES: tuple[tree.Engine, ...] = get_args(tree.Engine)
+UNMASKED: tuple[F.TapName, ...] = ("surprise", "counterfactual", "neuron", "matrix")
 POISONS = [torch.nan, torch.inf, -torch.inf]
 
 
@@ -53,12 +55,14 @@ def learning(experts: F.Experts) -> list[bool]:
 
 @given(cases(), st.sampled_from(ENGINES))
 def test_the_min_k_pairs_of_least_untied_gradient_learn_and_no_others(case: Case, engine: tree.Engine) -> None:
-    pairs = pair_gradients(case)
+    pairs, biases = pair_gradients(case), pair_bias_gradients(case)
     norms = pair_norms(pairs)
     for min_k in range(1, case.weights.shape[1] + 1):
-        got = differentiate(case, min_k=min_k, taps=("surprise",), engine=engine)
+        got = differentiate(case, min_k=min_k, taps=("surprise", "bias"), engine=engine)
         assert_close(got.taps["surprise"], norms, bound=BOUND)
-        assert_close(got.experts, kept_sum(pairs, least_pairs(norms, case.weights, min_k=min_k)), bound=BOUND)
+        keep = least_pairs(norms, case.weights, min_k=min_k)
+        assert_close(got.experts, kept_sum(pairs, keep), bound=BOUND)
+        assert_close(got.taps["bias"], torch.where(keep[:, None, :, None], biases, 0).sum(dim=0), bound=BOUND)
 
 
 @given(cases(), st.sampled_from(ENGINES))
@@ -71,9 +75,9 @@ def test_bank_is_bank_vjp_under_the_min_k_mask_for_every_min_k(case: Case, engin
 @given(cases())
 def test_what_lies_below_never_feels_the_mask_bit_for_bit(case: Case) -> None:
     num_experts = case.weights.shape[1]
-    plain = differentiate(case, min_k=num_experts, taps=("surprise", "counterfactual", "neuron"))
+    plain = differentiate(case, min_k=num_experts, taps=UNMASKED)
     for min_k in range(1, num_experts):
-        got = differentiate(case, min_k=min_k, taps=("surprise", "counterfactual", "neuron"))
+        got = differentiate(case, min_k=min_k, taps=UNMASKED)
         assert_same((got.x, got.weights, got.taps), (plain.x, plain.weights, plain.taps))
 
 
@@ -139,12 +143,13 @@ def test_a_poisoned_token_reaches_only_the_experts_that_it_keeps(
         bad = case._replace(dy=poisoned(case.dy, at, poison))
     else:
         bad = case._replace(x=poisoned(case.x, at, poison))
-    got = differentiate(bad, min_k=min_k, taps=("surprise",), engine=engine)
+    got = differentiate(bad, min_k=min_k, taps=("surprise", "bias"), engine=engine)
     assert not torch.isfinite(got.taps["surprise"][at]).logical_and(case.weights[at] != 0).any()
     kept = [expert for expert in range(6) if expert != 1][:min_k]
     without = case._replace(weights=case.weights.index_fill(0, torch.tensor([at]), 0))
-    expected = differentiate(without, min_k=min_k)
-    for matrix, clean in zip(got.experts, expected.experts, strict=True):
+    expected = differentiate(without, min_k=min_k, taps=("bias",))
+    taught, untaught = ((*one.experts, *one.taps["bias"]) for one in (got, expected))
+    for matrix, clean in zip(taught, untaught, strict=True):
         for expert in range(6):
             if expert in kept:
                 assert not torch.isfinite(matrix[expert]).all()
@@ -166,12 +171,12 @@ def test_an_expert_of_poisoned_weights_is_not_chosen_and_spoils_no_other(
     at = 2
     weights = poisoned(getattr(case.experts, matrix), at, poison)
     bad = case._replace(experts=case.experts._replace(**{matrix: weights}))
-    got = differentiate(bad, min_k=min_k, taps=("surprise",), engine=engine)
+    got = differentiate(bad, min_k=min_k, taps=("surprise", "bias"), engine=engine)
     assert not torch.isfinite(got.taps["surprise"][:, at]).any()
     assert int(F.non_finite(got.taps["surprise"], case.weights != 0)) == 7
     without = case._replace(weights=case.weights.index_fill(1, torch.tensor([at]), 0))
-    expected = differentiate(without, min_k=min_k)
-    assert_close(got.experts, expected.experts, bound=BOUND)
+    expected = differentiate(without, min_k=min_k, taps=("bias",))
+    assert_close((got.experts, got.taps["bias"]), (expected.experts, expected.taps["bias"]), bound=BOUND)
     assert learning(got.experts)[at] is False
 
 

@@ -157,11 +157,11 @@ def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_an
         Centre.BATCH: x.mean(dim=0).expand(E, -1),
         Centre.EXPERT: F.expert_means(x, weights),
     }
-    expected = F.centre_inputs(plain.grads.experts, local, weights, taken[centre])
+    expected = F.centre_inputs(plain.grads.experts, F.bias_gradients(local, weights), taken[centre])
     if whitened:
         expected = F.whiten_inputs(expected, x, damping=1.0)
     assert_close(got.grads.experts, expected, bound=BOUND)
-    assert_close(got.shares, F.matrix_shares(local, x, weights, d_y), bound=BOUND)
+    assert_close(got.shares, F.matrix_shares(F.matrix_surprise(local, x, weights, d_y)), bound=BOUND)
     assert_close(but_the_experts(got.grads), but_the_experts(plain.grads), bound=BOUND)
     assert_close((got.rows, got.surprise), (plain.rows, plain.surprise), bound=BOUND)
 

@@ -15,7 +15,7 @@ from torch.nn.functional import silu
 import onn.functional as F
 from onn import tree
 from onn.functional.transform import Taps
-from tests.support import Case, assert_close, assert_same, cases, make_case, normal, tolerance
+from tests.support import Case, assert_close, assert_same, cases, make_case, normal, pair_bias_gradients, tolerance
 
 BOUND = tolerance(torch.float64, terms=64, slack=512)
 """1e-12: the sums here have at most 81 terms; the slack leaves room for cancellation in banks of one neuron."""
@@ -47,6 +47,14 @@ def inputs(case: Case) -> Tensor:
 
 def neuron(case: Case) -> Tensor:
     return F.neuron_surprise(local_of(case), case.x, case.weights, case.dy)
+
+
+def matrix(case: Case) -> Tensor:
+    return F.matrix_surprise(local_of(case), case.x, case.weights, case.dy)
+
+
+def bias(case: Case) -> Tensor:
+    return F.bias_gradients(local_of(case), case.weights)
 
 
 BY_PAIR: dict[str, Callable[[Case], Tensor]] = {
@@ -118,13 +126,33 @@ def test_surprise_over_weight_is_counterfactual_where_active_and_zero_elsewhere(
 
 
 @given(cases())
-def test_neuron_surprise_is_the_squared_gradient_of_every_row_summed_over_tokens(case: Case) -> None:
-    rows = [
-        torch.stack([sum((m.square().sum(dim=1) for m in matrices), torch.zeros(())) for matrices in row])
-        for row in by_loop(case)[0]
-    ]
-    assert_close(neuron(case), torch.stack(rows).sum(dim=0), bound=BOUND)
+def test_matrix_and_neuron_surprise_are_the_squared_gradient_of_every_row_summed_over_tokens(case: Case) -> None:
+    rows = torch.stack(
+        [
+            torch.stack([torch.stack([m.square().sum(dim=1) for m in matrices]) for matrices in row], dim=1)
+            for row in by_loop(case)[0]
+        ]
+    )
+    assert_close(matrix(case), rows.sum(dim=0), bound=BOUND)
+    assert_close(neuron(case), rows.sum(dim=(0, 1)), bound=BOUND)
     assert_close(neuron(case).sum(dim=1), parameter(case).square().sum(dim=0), bound=BOUND)
+
+
+def biases_by_loop(case: Case) -> Tensor:
+    """What biases learn that an expert really adds to its pre-activations."""
+    biases = torch.zeros(2, *case.experts.gate.shape[:2], dtype=case.x.dtype, requires_grad=True)
+    loss = 0 * biases.sum()
+    for e, (gate, up, down) in enumerate(zip(*case.experts, strict=True)):
+        tokens = case.weights[:, e].nonzero().flatten()
+        raised = (case.x[tokens] @ up.mT + biases[1, e]) * silu(case.x[tokens] @ gate.mT + biases[0, e])
+        loss = loss + (case.weights[tokens, e, None] * (raised @ down) * case.dy[tokens]).sum()
+    return torch.autograd.grad(loss, biases)[0]
+
+
+@given(cases())
+def test_bias_gradients_are_what_biases_on_the_pre_activations_would_learn(case: Case) -> None:
+    assert_close(bias(case), biases_by_loop(case), bound=BOUND)
+    assert_close(bias(case), pair_bias_gradients(case).sum(dim=0), bound=BOUND)
 
 
 @given(cases())
@@ -149,7 +177,8 @@ def test_surprise_is_proportional_to_the_size_of_the_weight(case: Case, power: i
     for measure in (parameter, output, inputs):
         scaled = measure(case._replace(weights=case.weights * -(2.0**power)))
         assert_same(scaled, measure(case) * 2.0**power)
-    assert_same(neuron(case._replace(weights=case.weights * -(2.0**power))), neuron(case) * 4.0**power)
+    for measure, factor in ((neuron, 4.0**power), (matrix, 4.0**power), (bias, -(2.0**power))):
+        assert_same(measure(case._replace(weights=case.weights * -(2.0**power))), measure(case) * factor)
 
 
 @given(cases(), st.integers(0, 2**20))
@@ -164,7 +193,8 @@ def test_surprise_follows_permutations_of_tokens_experts_and_neurons(case: Case,
     )
     for measure in BY_PAIR.values():
         assert_close(measure(permuted), measure(case)[tokens][:, order], bound=BOUND)
-    assert_close(neuron(permuted), neuron(case)[order][:, rows], bound=BOUND)
+    for measure in (neuron, matrix, bias):
+        assert_close(measure(permuted), measure(case)[..., order, :][..., rows], bound=BOUND)
 
 
 @given(cases(), st.integers(0, 2**20))
@@ -202,8 +232,10 @@ def test_where_the_weight_is_zero_nothing_is_surprised_even_if_all_else_is_nan(p
         assert_close(got[~reached], measure(fine)[~reached], bound=BOUND)
     assert not F.normalised_surprise(parameter(broken), weights)[weights == 0].any()
     spread = reached.any(dim=0)
-    assert torch.equal(neuron(broken).isnan().all(dim=1), spread)
-    assert_close(neuron(broken)[~spread], neuron(fine)[~spread], bound=BOUND)
+    for measure in (neuron, matrix, bias):
+        got, clean = measure(broken), measure(fine)
+        assert torch.equal(got.isnan().all(dim=-1), spread.expand(got.shape[:-1]))
+        assert_close(got[..., ~spread, :], clean[..., ~spread, :], bound=BOUND)
 
 
 def test_output_surprise_of_weight_zero_is_zero_even_if_the_gradient_is_nan() -> None:
@@ -217,14 +249,15 @@ def test_the_scale_of_the_loss_is_the_scale_of_surprise_from_1e_12_to_1e12(case:
     rounding = tolerance(torch.float32, terms=1, slack=2)
     for measure in BY_PAIR.values():
         assert torch.allclose(measure(scaled), measure(case) * 2.0**power, rtol=rounding, atol=0)
-    assert torch.allclose(neuron(scaled), neuron(case) * 4.0**power, rtol=rounding, atol=0)
+    for measure, factor in ((neuron, 4.0**power), (matrix, 4.0**power), (bias, 2.0**power)):
+        assert torch.allclose(measure(scaled), measure(case) * factor, rtol=rounding, atol=0)
 
 
 @given(cases(dtype=torch.float32), st.integers(-12, 12))
 def test_float32_surprise_is_that_of_float64_at_every_scale_of_the_loss(case: Case, exponent: int) -> None:
     case = case._replace(dy=case.dy * 10.0**exponent)
     exact = in_float64(case)
-    for measure in (*BY_PAIR.values(), neuron):
+    for measure in (*BY_PAIR.values(), neuron, matrix):
         assert measure(case).dtype == torch.float32
         assert_close(measure(case), measure(exact), bound=tolerance(torch.float32, terms=64))
 
@@ -237,11 +270,15 @@ def test_bfloat16_surprise_sums_in_float32_and_is_that_of_float64_up_to_its_inpu
     local = local_of(case)
     same_local = F.Local(*(part.double() for part in local))
     sums = tolerance(torch.float32, terms=256)
-    for measure in (F.parameter_surprise, F.neuron_surprise):
+    for measure in (F.parameter_surprise, F.neuron_surprise, F.matrix_surprise):
         got = measure(local, case.x, case.weights, case.dy)
         assert got.dtype == torch.float32
         assert_close(got, measure(same_local, exact.x, exact.weights, exact.dy), bound=sums)
         assert_close(got, measure(local_of(exact), exact.x, exact.weights, exact.dy), bound=BELIEVED)
+    got = F.bias_gradients(local, case.weights)
+    assert got.dtype == torch.float32
+    assert_close(got, F.bias_gradients(same_local, exact.weights), bound=sums)
+    assert_close(got, bias(exact), bound=BELIEVED)
     assert_close(output(case), output(exact), bound=sums)
     assert_close(inputs(case), inputs(exact), bound=BELIEVED)
 
@@ -279,7 +316,7 @@ def test_surprise_is_the_gradient_of_an_untied_copy_for_every_position(engine: t
         assert_close(tap["surprise"], torch.cat(gradients, dim=2).flatten(2).norm(dim=2), bound=BOUND)
 
 
-@pytest.mark.parametrize("names", [(), ("surprise", "neuron")])
+@pytest.mark.parametrize("names", [(), ("surprise", "neuron"), ("matrix", "bias")])
 @pytest.mark.parametrize("backend", ["dense", "loop"])
 def test_surprise_and_its_gradients_compile_as_one_graph(backend: F.Backend, names: tuple[F.TapName, ...]) -> None:
     case = make_case(0, T=6, H=5, E=3, I=2)
@@ -301,6 +338,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "surprise": partial(F.normalised_surprise, CASE.weights[0], CASE.weights),
     "gate": partial(F.input_surprise, local_of(CASE), F.Experts(*(w[:1] for w in CASE.experts)), CASE.weights),
     "x": partial(F.neuron_surprise, local_of(CASE), CASE.x[:3], CASE.weights, CASE.dy),
+    "c3": partial(F.bias_gradients, local_of(CASE)._replace(c3=CASE.x), CASE.weights),
 }
 
 

@@ -10,6 +10,7 @@ import onn.functional as F
 from onn import carve, lessons, objective, optim, train, tree
 from onn.data import Batch
 from onn.objective import (
+    ConsolidationConfig,
     DensityConfig,
     DistillConfig,
     Granularity,
@@ -29,6 +30,8 @@ ARCHITECTURE = config()
 SPARSE = MoeTraining(
     moe=replace(MOE, min_k=2),
     granularity="token",
+    optimizer="adamw",
+    consolidation=ConsolidationConfig(lr=0.01, damping=1.0, eps=1e-8),
     router=RouterConfig(
         target="surprise",
         weight=0.1,

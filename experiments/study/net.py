@@ -197,7 +197,9 @@ def learn(
     if features:
         w1, w3, _ = (part * seen.weights[..., None] for part in local)
         d_before = _through_norm(seen.before, seen.x, d_x + input_gradient(net.experts, w1, w3))
-    experts = F.centre_inputs(expert_gradient(d1, d3, a, seen.x, d_mixed), local, kept, _centre(seen, centre))
+    experts = F.centre_inputs(
+        expert_gradient(d1, d3, a, seen.x, d_mixed), F.bias_gradients(local, kept), _centre(seen, centre)
+    )
     grads = Net(
         features=d_before.mT @ pixels,
         prototypes=d_prototypes,
@@ -205,10 +207,11 @@ def learn(
         readout=d_logits.mT @ seen.y,
     )
     norms = net.prototypes.square().sum(dim=-1).clamp_min(EPS**2)
+    by_matrix = F.matrix_surprise(local, seen.x, kept, d_mixed)
     rows = Rows(
         features=_row_squares(d_before, pixels),
         prototypes=(d_affinity.square() * (1 - seen.affinity.square()).clamp_min(0)).sum(dim=0) / norms,
-        experts=F.neuron_surprise(local, seen.x, kept, d_mixed),
+        experts=by_matrix.sum(dim=0),
         readout=_row_squares(d_logits, seen.y),
     )
     squares: Net | tuple[()] = ()
@@ -224,7 +227,7 @@ def learn(
         loss=-(target * log_p).sum(dim=-1).mean(),
         tau=-(p * log_p).sum(dim=-1).mean(),
         surprise=surprise,
-        shares=F.matrix_shares(local, seen.x, kept, d_mixed),
+        shares=F.matrix_shares(by_matrix),
         grads=tree.map1(lambda g: g * scale, grads),
         rows=tree.map1(lambda g: g * scale**2, rows),
         squares=tree.map1(lambda g: g * scale**2, squares) if isinstance(squares, Net) else (),

@@ -136,6 +136,9 @@ from onn.functional.routing import (
     top_p_route as top_p_route,
 )
 from onn.functional.surprise import (
+    bias_gradients as bias_gradients,
+)
+from onn.functional.surprise import (
     counterfactual_surprise as counterfactual_surprise,
 )
 from onn.functional.surprise import (
@@ -143,6 +146,9 @@ from onn.functional.surprise import (
 )
 from onn.functional.surprise import (
     input_surprise as input_surprise,
+)
+from onn.functional.surprise import (
+    matrix_surprise as matrix_surprise,
 )
 from onn.functional.surprise import (
     max_k_mask as max_k_mask,

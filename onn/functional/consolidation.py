@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from onn import check
-from onn.functional.kernels.entries import bank_parts, local_parts, pass_parts
-from onn.functional.types import Experts, Local, reduction_dtype
+from onn.functional.kernels.entries import bank_parts
+from onn.functional.types import Experts, reduction_dtype
 
 Form = Literal["root", "bounded"]
 
@@ -52,27 +52,18 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     return Experts(*(g * own.to(g.dtype) for g, own in zip(grads, scale.expand(3, *scale.shape[-3:]), strict=True)))
 
 
-def matrix_shares(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tensor:
+def matrix_shares(squares: Tensor) -> Tensor:
     """How the squared surprise of a bank falls to gate, up and down: [3], 1 on average; zeros where there is none.
 
     Args:
-        local: of the dense computation.
-        x: [T, H].
-        weights: [T, E], 0 for the pairs that do not learn.
-        dy: [T, H].
+        squares: [3, E, I], of `matrix_surprise` or the tap `matrix`.
 
     Returns:
         [3], float32 (float64 for float64 inputs).
     """
-    check.shapes("matrix_shares", *pass_parts(local, x, weights, dy, where="matrix_shares"))
-    dtype = reduction_dtype(x.dtype)
-    read, written = (v.to(dtype).square().sum(dim=-1) for v in (x, dy))
-    sums = [
-        (_weighted(part, weights, dtype).square().sum(dim=(1, 2)) * other).sum()
-        for part, other in zip(local, (read, read, written), strict=True)
-    ]
-    total = torch.stack(sums)
-    return total / total.mean().clamp_min(torch.finfo(dtype).tiny)
+    check.shapes("matrix_shares", ("squares", squares, "float 3 E I"))
+    total = squares.sum(dim=(1, 2), dtype=reduction_dtype(squares.dtype))
+    return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
 
 
 def expert_means(x: Tensor, weights: Tensor) -> Tensor:
@@ -91,7 +82,7 @@ def expert_means(x: Tensor, weights: Tensor) -> Tensor:
     return w.mT @ x.to(dtype) / w.sum(dim=0)[:, None].clamp_min(torch.finfo(dtype).tiny)
 
 
-def centre_inputs(grads: Experts, local: Local, weights: Tensor, centre: Tensor) -> Experts:
+def centre_inputs(grads: Experts, biases: Tensor, centre: Tensor) -> Experts:
     """The gradients of a bank whose gate and up projections had read their inputs less `centre`.
 
     With `W x = W (x - m) + W m` they are those of the first term alone: `sum_t d_t x_t^T` less `(sum_t d_t) m^T`. What
@@ -99,8 +90,7 @@ def centre_inputs(grads: Experts, local: Local, weights: Tensor, centre: Tensor)
 
     Args:
         grads: [E, I, H] each, of the batch.
-        local: of the dense computation.
-        weights: [T, E], 0 for the pairs that do not learn.
+        biases: [2, E, I], `sum_t d_t` of gate and up: of `bias_gradients` or the tap `bias`.
         centre: [E, H], such as `expert_means`.
 
     Returns:
@@ -109,15 +99,11 @@ def centre_inputs(grads: Experts, local: Local, weights: Tensor, centre: Tensor)
     check.shapes(
         "centre_inputs",
         *bank_parts(grads, where="centre_inputs", name="grads"),
-        *local_parts(local, where="centre_inputs"),
-        ("weights", weights, "float T E"),
+        ("biases", biases, "float 2 E I"),
         ("centre", centre, "float E H"),
     )
-    dtype = reduction_dtype(centre.dtype)
-    gate, up = (
-        g - (_weighted(part, weights, dtype).sum(dim=0)[..., None] * centre[:, None]).to(g.dtype)
-        for g, part in ((grads.gate, local.c1), (grads.up, local.c3))
-    )
+    taken = biases.to(reduction_dtype(biases.dtype))[..., None] * centre[:, None]
+    gate, up = (g - part.to(g.dtype) for g, part in zip((grads.gate, grads.up), taken, strict=True))
     return Experts(gate, up, grads.down)
 
 
@@ -147,9 +133,3 @@ def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
     inverse = (1 + damping) * torch.cholesky_inverse(factor)
     gate, up = ((g.to(dtype) @ inverse).to(g.dtype) for g in (grads.gate, grads.up))
     return Experts(gate, up, grads.down)
-
-
-def _weighted(part: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, E, I]: zeros, whatever `part` holds, where a weight is 0."""
-    w = weights.to(dtype)[..., None]
-    return torch.where(w != 0, part.to(dtype) * w, 0)

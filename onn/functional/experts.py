@@ -23,7 +23,7 @@ from onn.functional.kernels.dense import (
     input_gradient,
     output_products,
 )
-from onn.functional.kernels.entries import bank_parts
+from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.parts import Tiling, default_tiling
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
@@ -31,7 +31,7 @@ from onn.functional.surprise import parameter_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
 Backend = Literal["auto", "dense", "grouped", "loop"]
-TapName = Literal["surprise", "counterfactual", "neuron"]
+TapName = Literal["surprise", "counterfactual", "neuron", "matrix", "bias"]
 Select = Callable[[Tensor, Tensor], Tensor]
 _MOST_TOKENS = 2**31
 """Of a batch; more are a mistake that no machine has memory for."""
@@ -257,10 +257,13 @@ class _Bank(torch.autograd.Function):
             experts=gate or up or down,
             x=x,
             surprise=asked.get("surprise", False),
-            neuron=asked.get("neuron", False),
+            bias=asked.get("bias", False),
+            squares=asked.get("matrix", False) or asked.get("neuron", False),
         )
         grads = _Backward.apply(dy, ctx.plan, wanted, asked.get("counterfactual", False), *ctx.saved_tensors)
-        measured = dict(zip(("surprise", "neuron", "counterfactual"), grads[5:], strict=True))
+        measured = dict(zip(("surprise", "bias", "matrix", "counterfactual"), grads[5:], strict=True))
+        if asked.get("neuron", False):
+            measured["neuron"] = measured["matrix"].sum(dim=0)
         inputs = (grad if need else None for grad, need in zip(grads[:5], (gate, up, down, x, weights), strict=True))
         return (*inputs, None, *(measured[name] if need else None for name, need in asked.items()))
 
@@ -269,7 +272,8 @@ def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> d
     """Zeros to differentiate `bank` with respect to: the "gradient" of each is what its name says.
 
     Args:
-        names: any of `surprise` and `counterfactual`, both [T, E], and `neuron`, [E, I] (`neuron_surprise`).
+        names: any of `surprise` and `counterfactual`, both [T, E]; `neuron`, [E, I] (`neuron_surprise`), and `matrix`,
+            [3, E, I] (`matrix_surprise`); and `bias`, [2, E, I] (`bias_gradients` of the pairs that learn).
         tokens: T.
         experts: the bank, for its sizes, dtype and device.
 
@@ -282,12 +286,12 @@ def zero_taps(names: tuple[TapName, ...], *, tokens: int, experts: Experts) -> d
     check.instance("zero_taps", "names", names, tuple)
     check.whole("zero_taps", "tokens", tokens, 0, _MOST_TOKENS)
     sizes = check.shapes("zero_taps", *bank_parts(experts, where="zero_taps", name="experts"))
-    E, I = sizes["E"], sizes["I"]
-    shapes: dict[str, tuple[int, int]] = {"surprise": (tokens, E), "counterfactual": (tokens, E), "neuron": (E, I)}
     for name in names:
         check.one_of("zero_taps", "name", name, get_args(TapName))
+    known = {**sizes, "T": tokens, "2": 2, "3": 3}
+    shapes = {name: [known[size] for size in tap_dims(name=name).split()] for name in names}
     dtype = reduction_dtype(experts.gate.dtype)
-    return {name: torch.zeros(shapes[name], dtype=dtype, device=experts.gate.device) for name in names}
+    return {name: torch.zeros(shape, dtype=dtype, device=experts.gate.device) for name, shape in shapes.items()}
 
 
 def _apply_bank(*args: Tensor | _Plan) -> tuple[Tensor, ...]:
@@ -347,8 +351,8 @@ def bank(
     taps: Mapping[str, Tensor] = {"surprise": tap} if isinstance(tap, Tensor) else tap
     for name, value in taps.items():
         check.one_of("bank", "tap", name, get_args(TapName))
-        dims, against = ("float E I", experts.gate[..., 0]) if name == "neuron" else ("float T E", weights)
-        check.shapes("bank", (f"tap {name}", value, dims), ("its reference", against, dims))
+        given = (f"tap {name}", value, f"float {tap_dims(name=name)}")
+        check.shapes("bank", given, ("gate", experts.gate, "E I H"), ("weights", weights, "T E"))
     tiling = _tiling(backend, experts, tokens=sizes["T"], taps=taps)
     plan = _Plan(min_k=min_k, taps=tuple(taps), tiling=tiling, active_only=backend != "dense")
     return _apply_bank(*experts, x, weights, plan, *taps.values())[0]

@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 
 from onn import check
 from onn.functional.kernels.entries import bank_parts, local_parts, pass_parts
-from onn.functional.kernels.local import neuron_squares, unit_norms
+from onn.functional.kernels.local import matrix_squares, unit_norms
 from onn.functional.types import Experts, Local, reduction_dtype
 
 
@@ -136,11 +136,39 @@ def input_surprise(local: Local, experts: Experts, weights: Tensor) -> Tensor:
     return weight_surprise(unit, weights)
 
 
-def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tensor:
-    """Squared surprise by neuron, summed over tokens: the empirical Fisher information of row i of the three matrices.
+def matrix_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tensor:
+    """Squared surprise by matrix and neuron, summed over tokens: the empirical Fisher information of every row.
 
-    `f_ei = sum_t w_te^2 ((c1_tei^2 + c3_tei^2) ||x_t||^2 + a_tei^2 ||g_t||^2)`; its sum over neurons is the sum of
-    `S_te^2` over tokens. Tokens of weight 0 count nothing.
+    `sum_t w_te^2 c1_tei^2 ||x_t||^2` of gate, `sum_t w_te^2 c3_tei^2 ||x_t||^2` of up, `sum_t w_te^2 a_tei^2 ||g_t||^2`
+    of down. Tokens of weight 0 count nothing.
+
+    Args:
+        local: of the dense computation.
+        x: [T, H].
+        weights: [T, E].
+        dy: [T, H].
+
+    Returns:
+        [3, E, I], float32 (float64 for float64 inputs).
+
+    References:
+        Kirkpatrick et al., 1612.00796 (the Fisher as importance); Kunstner et al., 1905.12558 (the empirical one).
+    """
+    check.shapes("matrix_surprise", *pass_parts(local, x, weights, dy, where="matrix_surprise"))
+    dtype = reduction_dtype(x.dtype)
+    w = weights.to(dtype)
+    inner = w * vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    outer = w * vector_norm(dy.to(dtype), dim=-1, keepdim=True)
+    active = (weights != 0)[..., None]
+    squares = matrix_squares(local, inner[..., None], outer[..., None])
+    return torch.stack([torch.where(active, part, 0).sum(dim=0) for part in squares])
+
+
+def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Tensor:
+    """Squared surprise by neuron, summed over tokens: of row i of the three matrices together.
+
+    `f_ei = sum_t w_te^2 ((c1_tei^2 + c3_tei^2) ||x_t||^2 + a_tei^2 ||g_t||^2)`, the sum of `matrix_surprise`; its sum
+    over neurons is the sum of `S_te^2` over tokens.
 
     Args:
         local: of the dense computation.
@@ -150,17 +178,24 @@ def neuron_surprise(local: Local, x: Tensor, weights: Tensor, dy: Tensor) -> Ten
 
     Returns:
         [E, I], float32 (float64 for float64 inputs).
-
-    References:
-        Kirkpatrick et al., 1612.00796 (the Fisher as importance); Kunstner et al., 1905.12558 (the empirical one).
     """
     check.shapes("neuron_surprise", *pass_parts(local, x, weights, dy, where="neuron_surprise"))
-    dtype = reduction_dtype(x.dtype)
-    w = weights.to(dtype)
-    inner = w * vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    outer = w * vector_norm(dy.to(dtype), dim=-1, keepdim=True)
-    squares = neuron_squares(local, inner[..., None], outer[..., None])
-    return torch.where((weights != 0)[..., None], squares, 0).sum(dim=0)
+    return matrix_surprise(local, x, weights, dy).sum(dim=0)
+
+
+def bias_gradients(local: Local, weights: Tensor) -> Tensor:
+    """The gradients of a bias on every pre-activation of gate and up: `sum_t w_te c1_tei` and `sum_t w_te c3_tei`.
+
+    Args:
+        local: of the dense computation.
+        weights: [T, E], 0 for the pairs that do not learn, whose `local` reaches nothing, finite or not.
+
+    Returns:
+        [2, E, I], float32 (float64 for float64 inputs).
+    """
+    check.shapes("bias_gradients", *local_parts(local, where="bias_gradients"), ("weights", weights, "float T E"))
+    w = weights.to(reduction_dtype(weights.dtype))[..., None]
+    return torch.stack([torch.where(w != 0, part.to(w.dtype) * w, 0).sum(dim=0) for part in (local.c1, local.c3)])
 
 
 def _least(keys: Tensor, active: Tensor, *, k: int) -> tuple[Tensor, Tensor]:

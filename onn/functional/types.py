@@ -70,7 +70,10 @@ class Wanted(NamedTuple):
     experts: bool
     x: bool
     surprise: bool
-    neuron: bool
+    bias: bool
+    """What biases on the two pre-activations would learn."""
+    squares: bool
+    """Squared surprise by neuron and matrix."""
 
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,13 @@ from torch.nn.functional import silu
 
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.segments import segment_outer
-from onn.functional.surprise import counterfactual_surprise, min_k_indices, neuron_surprise, weight_surprise
+from onn.functional.surprise import (
+    bias_gradients,
+    counterfactual_surprise,
+    matrix_surprise,
+    min_k_indices,
+    weight_surprise,
+)
 from onn.functional.types import Experts, Residuals, Wanted
 
 
@@ -27,8 +33,10 @@ class DenseGrads(NamedTuple):
     """[T, E]: also where the weight is 0."""
     surprise: Tensor
     """[T, E]"""
-    neuron: Tensor
-    """[E, I]"""
+    bias: Tensor
+    """[2, E, I]: of the pairs that learn."""
+    squares: Tensor
+    """[3, E, I]"""
     counterfactual: Tensor
     """[T, E]"""
 
@@ -83,16 +91,18 @@ def dense_backward(
     u = output_products(experts, dy)
     local = unit_gradients(residuals, u)
     d1, d3 = local.c1 * weights[..., None], local.c3 * weights[..., None]
-    masked = wanted.experts and weighted is None
-    surprise = unit = neuron = nothing
+    masked = (wanted.experts or wanted.bias) and weighted is None
+    surprise = unit = nothing
     if masked or wanted.surprise or counterfactual:
         unit = counterfactual_surprise(local, x, dy)
         surprise = weight_surprise(unit, weights)
-    if wanted.neuron:
-        neuron = neuron_surprise(local, x, weights, dy)
-    learnt = Experts(nothing, nothing, nothing)
+    learnt, learning = Experts(nothing, nothing, nothing), weights
     if masked:
-        learnt = _min_k_gradient(residuals, u, x, weights, dy, surprise, min_k)
+        kept = min_k_indices(surprise, weights != 0, min_k=min_k)
+        if wanted.experts:
+            learnt = _min_k_gradient(residuals, u, x, weights, dy, *kept)
+        if wanted.bias:
+            learning = torch.where(torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept), weights, 0)
     elif wanted.experts and weighted is not None:
         learnt = expert_gradient(d1, d3, weighted, x, dy)
     return DenseGrads(
@@ -100,17 +110,17 @@ def dense_backward(
         x=input_gradient(experts, d1, d3) if wanted.x else nothing,
         weights=(local.a * u).sum(dim=-1),
         surprise=surprise if wanted.surprise else nothing,
-        neuron=neuron,
+        bias=bias_gradients(local, learning) if wanted.bias else nothing,
+        squares=matrix_surprise(local, x, weights, dy) if wanted.squares else nothing,
         counterfactual=unit if counterfactual else nothing,
     )
 
 
 def _min_k_gradient(
-    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, surprise: Tensor, min_k: int
+    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, chosen: Tensor, filled: Tensor
 ) -> Experts:
-    """`expert_gradient` of the rows that `min_k_mask` keeps: T * min_k of them, gathered and sorted by expert."""
-    num_experts = weights.shape[1]
-    chosen, filled = min_k_indices(surprise, weights != 0, min_k=min_k)
+    """`expert_gradient` of the rows that `min_k_indices` names: T * min_k of them, gathered and sorted by expert."""
+    num_experts, min_k = weights.shape[1], chosen.shape[1]
     owner, order = torch.sort(torch.where(filled, chosen, num_experts).flatten(), stable=True)
     token = torch.div(order, min_k, rounding_mode="floor")
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=x.device).scatter_add(

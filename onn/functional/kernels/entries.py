@@ -28,3 +28,8 @@ def bank_parts(experts: Experts, *, where: str, name: str) -> list[tuple[str, Te
     """One entry for each matrix of a bank or of its gradients, `name`; raises `ValueError` where it is no `Experts`."""
     check.instance(where, name, experts, Experts)
     return [(name, w, "float E I H") for name, w in zip(Experts._fields, experts, strict=True)]
+
+
+def tap_dims(*, name: str) -> str:
+    """The shape of a tap, in letters and numbers."""
+    return {"neuron": "E I", "matrix": "3 E I", "bias": "2 E I"}.get(name, "T E")

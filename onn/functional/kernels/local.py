@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -23,7 +25,6 @@ def unit_norms(local: Local) -> tuple[Tensor, Tensor]:
     return torch.hypot(first, second), outer
 
 
-def neuron_squares(local: Local, inner: Tensor, outer: Tensor) -> Tensor:
-    """`(c1^2 + c3^2) inner^2 + a^2 outer^2`, where `inner` and `outer` [..., 1] are `w ||x||` and `w ||g||`."""
-    c1, c3, a = (rows.to(inner.dtype) for rows in local)
-    return (c1 * inner) ** 2 + (c3 * inner) ** 2 + (a * outer) ** 2
+def matrix_squares(local: Local, inner: Tensor, outer: Tensor) -> Iterator[Tensor]:
+    """`c1^2 inner^2`, `c3^2 inner^2`, `a^2 outer^2`, where `inner` and `outer` [..., 1] are `w ||x||` and `w ||g||`."""
+    return ((rows.to(norm.dtype) * norm) ** 2 for rows, norm in zip(local, (inner, inner, outer), strict=True))

@@ -229,7 +229,7 @@ class Ragged(NamedTuple):
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [R, I] by expert."""
-        out.zero_().index_add_(0, self.owners, rows)
+        out.zero_().index_add_(0, self.owners, rows.to(out.dtype))
 
     def add(self, rows: Tensor, into: Tensor) -> None:
         """Add [R, H] to the tokens [T + 1, H]."""

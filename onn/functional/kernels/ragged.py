@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from onn.functional.kernels.local import neuron_squares, unit_gradients, unit_norms
+from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
 from onn.functional.kernels.parts import Pairs, Part, Tiling, active_pairs, extended, kept_pairs, parts
 from onn.functional.surprise import min_k_mask, weight_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
@@ -34,8 +34,10 @@ class RaggedGrads(NamedTuple):
     """[N, T, E]: 0 where the weight is 0, since nothing was computed there."""
     surprise: Tensor
     """[N, T, E]"""
-    neuron: Tensor
-    """[N, E, I]"""
+    bias: Tensor
+    """[N, 2, E, I]: of the pairs that learn."""
+    squares: Tensor
+    """[N, 3, E, I]"""
 
 
 _library = torch.library.Library("onn", "FRAGMENT")
@@ -45,7 +47,7 @@ _WANTED = ", ".join(f"bool want_{name}" for name in Wanted._fields)
 _library.define(f"ragged_forward({_BANK}, {_TILING}) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"ragged_backward(Tensor dy, {_BANK}, Tensor h1, Tensor h3, {_TILING}, int min_k, {_WANTED}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"-> ({', '.join(['Tensor'] * len(RaggedGrads._fields))})"
 )
 
 
@@ -155,7 +157,7 @@ def _backward_one(
 ) -> RaggedGrads:
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
     pairs, x_all, dy_all = active_pairs(weights), extended(x), extended(dy)
-    masked = wanted.experts and bool(((weights != 0).sum(dim=1) > min_k).any())
+    masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())
     measured = wanted.surprise or masked
 
     def of_pairs(width: int, dtype: torch.dtype) -> Tensor:
@@ -163,11 +165,12 @@ def _backward_one(
 
     learnt = Experts(*(x.new_empty(m.shape if wanted.experts else 0) for m in experts))
     dx = x.new_zeros((T + 1, H) if wanted.x else (0, H), dtype=wide)
-    neuron = x.new_empty((E, I) if wanted.neuron else 0, dtype=wide)
+    bias = x.new_empty((2, E, I) if wanted.bias else 0, dtype=wide)
+    squares = x.new_empty((3, E, I) if wanted.squares else 0, dtype=wide)
     d_weights, inner, outer = of_pairs(1, x.dtype), of_pairs(1, wide), of_pairs(1, wide)
     products = of_pairs(I if masked else 0, x.dtype)
     x_norm, dy_norm = inner, outer
-    if measured or wanted.neuron:
+    if measured or wanted.squares:
         norms = (vector_norm(rows, dim=-1, keepdim=True, dtype=wide) for rows in (x_all, dy_all))
         x_norm, dy_norm = (norm.index_select(0, pairs.token) for norm in norms)
     for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
@@ -178,14 +181,18 @@ def _backward_one(
         if measured:
             for norm, into in zip(unit_norms(local), (inner, outer), strict=True):
                 part.put(norm[..., None], into)
-        if wanted.neuron:
-            squares = neuron_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
-            part.total(torch.where(weight != 0, squares, 0), neuron)
+        if wanted.squares:
+            met = matrix_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
+            for square, total in zip(met, squares, strict=True):
+                part.total(torch.where(weight != 0, square, 0), total)
         rows = _weighted(local, weight)
         if masked:
             part.put(u, products)
-        elif wanted.experts:
-            _learn(part, rows, part.take(x_all), g, learnt)
+        else:
+            if wanted.experts:
+                _learn(part, rows, part.take(x_all), g, learnt)
+            if wanted.bias:
+                _learn_bias(part, rows, bias)
         if wanted.x:
             part.add(part.combine(rows.c1, experts.gate) + part.combine(rows.c3, experts.up), dx)
     surprise = inner[:0, 0]
@@ -196,7 +203,11 @@ def _backward_one(
         h1, h3, u_kept = (rows.index_select(0, places) for rows in (*residuals, products))
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
             local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(u_kept))
-            _learn(part, _weighted(local, part.spread(kept.weight)), part.take(x_all), part.take(dy_all), learnt)
+            rows = _weighted(local, part.spread(kept.weight))
+            if wanted.experts:
+                _learn(part, rows, part.take(x_all), part.take(dy_all), learnt)
+            if wanted.bias:
+                _learn_bias(part, rows, bias)
 
     def by_token(values: Tensor) -> Tensor:
         return values.new_zeros(weights.shape).index_put((pairs.token[:-1], pairs.expert[:-1]), values)
@@ -206,7 +217,8 @@ def _backward_one(
         x=dx[:T].to(x.dtype),
         weights=by_token(d_weights[:-1, 0]),
         surprise=by_token(surprise) if wanted.surprise else surprise.new_empty(0),
-        neuron=neuron,
+        bias=bias,
+        squares=squares,
     )
 
 
@@ -214,6 +226,11 @@ def _learn(part: Part, rows: Local, x: Tensor, dy: Tensor, learnt: Experts) -> N
     part.outer(rows.c1, x, learnt.gate)
     part.outer(rows.c3, x, learnt.up)
     part.outer(rows.a, dy, learnt.down)
+
+
+def _learn_bias(part: Part, rows: Local, bias: Tensor) -> None:
+    part.total(rows.c1, bias[0])
+    part.total(rows.c3, bias[1])
 
 
 def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, *, min_k: int) -> Tensor:
@@ -253,7 +270,8 @@ def _fake_backward(
         x.new_empty(x.shape if asked.x else (N, 0, H)),
         x.new_empty(weights.shape),
         x.new_empty(weights.shape if asked.surprise else (N, 0), dtype=wide),
-        x.new_empty((N, E, I) if asked.neuron else (N, 0), dtype=wide),
+        x.new_empty((N, 2, E, I) if asked.bias else (N, 0), dtype=wide),
+        x.new_empty((N, 3, E, I) if asked.squares else (N, 0), dtype=wide),
     )
 
 
