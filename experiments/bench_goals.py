@@ -158,8 +158,10 @@ def _surprise(rows: Sequence[Row]) -> list[Verdict]:
 
 
 def _step(rows: Sequence[Row]) -> list[Verdict]:
+    """Both under AdamW."""
     against_dense = [row for row in rows if row.suite == "step" and row.baseline.startswith("dense")]
-    found = [(row.ratio, _where(row)) for row in against_dense if row.variant.startswith("carved")]
+    alike = [row for row in against_dense if row.variant.startswith("carved") and "consolidation" not in row.variant]
+    found = [(row.ratio, _where(row)) for row in alike]
     return _most("step of the carved model / the dense one, worst", STEP, found)
 
 
