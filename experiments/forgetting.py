@@ -1,7 +1,7 @@
 """Do surprise and its uses make experts specialise, or forget less? Every claim beside the figure that would refute it.
 
 `uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
-families of digits, 30 to 40 minutes on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer:
+families of digits, half an hour on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer:
 rates and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its controls
 along the whole grid of rates. A study that was stopped goes on in its folder. `--regime everything` trains features
 and read-out too, `--experts` and `--width` set the size of the bank, `--explore` changes one number of surprise
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
@@ -39,7 +40,7 @@ from experiments.study.arms import (
     rates,
 )
 from experiments.study.contrasts import best
-from experiments.study.crew import Crew, Work, crew, processors, share
+from experiments.study.crew import Crew, Work, carried_out, share
 from experiments.study.lanes import Job
 from experiments.study.records import Key, Run, Stage
 from experiments.study.report import write_report
@@ -47,6 +48,7 @@ from experiments.study.runs import chunks
 from experiments.study.statistics import scores
 from experiments.study.tasks import SCHEDULES, Bank, Family, Tasks, digits
 from experiments.study.text import text, trunk
+from experiments.workers import processors, workers
 from onn import check, storage
 from onn.architecture import MAX_EXPERT_SIZE, MIN_EXPERTS
 from onn.config import read_text
@@ -235,7 +237,8 @@ def run(options: Options) -> Path:
     _require_same(folder / "settings.json", settings)
     known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
     began = time.monotonic()
-    with crew(options.workers) as hands, TemporaryDirectory() as scratch:
+    with workers(options.workers) as each, TemporaryDirectory() as scratch:
+        hands = partial(each, carried_out)
         for family in options.family:
             tasks = share(tasks_of(family, options.seeds, bank), Path(scratch) / family)
             study = Study(options=options, family=family, folder=folder, tasks=tasks, crew=hands, runs=dict(known))

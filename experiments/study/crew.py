@@ -1,20 +1,13 @@
-"""Chunks of runs carried out by several processes at once, each on one thread: small models gain more from that.
+"""Chunks of runs for several processes at once, each on one thread: small models gain more from that than from threads.
 
 What a chunk comes to does not depend on how many processes there are.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import onn.functional as F
-from experiments.memory import keep_freed_memory
 from experiments.study.lanes import Job
 from experiments.study.net import Net
 from experiments.study.records import Run, Specialisation
@@ -62,37 +54,11 @@ _LIKE = Tasks(
 Crew = Callable[[Sequence[Work]], Iterator[Done]]
 
 
-def processors() -> int:
-    """Of this machine, those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def share(tasks: Mapping[int, Tasks], path: Path) -> Path:
     """Write the tasks of all seeds down, for every process of a crew."""
     named = {f"{seed}/{place}": leaf for seed, one in tasks.items() for place, leaf in enumerate(tree.leaves(one))}
     storage.write(named, path, {})
     return path
-
-
-@contextmanager
-def crew(workers: int) -> Iterator[Crew]:
-    """What carries work out and hands it back in its order, by so many processes; in this one where it is one.
-
-    Raises:
-        ChildProcessError: a process ended before its work did.
-    """
-    if workers == 1:
-        yield partial(map, carried_out)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
-    try:
-        yield partial(pool.map, carried_out)
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            f"One of {workers} processes ended before its work did, perhaps for want of memory: try fewer workers."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def carried_out(work: Work) -> Done:
@@ -114,16 +80,3 @@ def _shared(path: Path) -> Mapping[int, Tasks]:
         seed, place = map(int, name.split("/"))
         leaves[seed][place] = leaf
     return {seed: tree.unflatten(_LIKE, [found[place] for place in sorted(found)]) for seed, found in leaves.items()}
-
-
-def _begin() -> None:
-    """Of a process: it ends at once with Ctrl-C, and with the process that began it."""
-    keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if parent := multiprocessing.parent_process():
-        threading.Thread(target=_end_with, args=(parent.join,), daemon=True).start()
-
-
-def _end_with(wait: Callable[[], None]) -> None:
-    wait()
-    os._exit(1)
