@@ -87,7 +87,7 @@ class Options:
     out: Path | None = None
     """Folder; an unfinished study in it goes on. A new one under `runs/` where none is given."""
     workers: int = field(default_factory=processors)
-    """Processes at once, of one thread and some 1.5 GiB each; results do not depend on how many."""
+    """Processes at once, of one thread and some 1.4 GiB each; results do not depend on how many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
