@@ -17,7 +17,7 @@ def narrow(x: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> Tensor:
     if dtype != torch.bfloat16:
         return x.to(dtype)
     if bits is None:
-        raise ValueError("adamw: bfloat16 parameters need noise, uniform int16 of the shapes of params; got none.")
+        raise ValueError("narrow: bfloat16 parameters need noise, uniform int16 of the shapes of params; got none.")
     return stochastic_round(x, bits)
 
 

@@ -16,7 +16,7 @@ from experiments.study.lanes import Job
 from experiments.study.records import Key
 from experiments.study.tasks import Schedule, Tasks
 from experiments.workers import workers
-from tests.test_study_runs import few
+from tests.test_study_runs import few, nothing_compiled
 
 SHORT = Schedule(tokens=8, steps=2)
 SEEDS = (0, 1)
@@ -26,13 +26,8 @@ SEEDS = (0, 1)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Also in other processes: none of them finds a compiler."""
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(runs, "compiled", lambda function: function)
-    cached = (runs._stepper, runs._evaluator)
-    for function in cached:
-        function.cache_clear()
-    yield
-    for function in cached:
-        function.cache_clear()
+    with nothing_compiled(monkeypatch):
+        yield
 
 
 def work(folder: Path) -> list[Work]:

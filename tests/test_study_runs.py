@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,23 +32,30 @@ SHORT = Schedule(tokens=8, steps=5)
 BANK = Bank(experts=32, width=8)
 
 
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is compiled, nothing long, and no compiled function is left behind."""
+@contextmanager
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Steps run as they are, and none of them is left behind."""
 
     def as_it_is(function: Callable[P, R]) -> Callable[P, R]:
         return function
 
     monkeypatch.setattr(runs, "compiled", as_it_is)
-    monkeypatch.setattr(runs, "LANES", 4)
-    for family in tasks.SCHEDULES:
-        monkeypatch.setitem(tasks.SCHEDULES, family, SHORT)
     cached = (runs._stepper, runs._evaluator)
     for function in cached:
         function.cache_clear()
     yield
     for function in cached:
         function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is compiled, and nothing long."""
+    monkeypatch.setattr(runs, "LANES", 4)
+    for family in tasks.SCHEDULES:
+        monkeypatch.setitem(tasks.SCHEDULES, family, SHORT)
+    with nothing_compiled(monkeypatch):
+        yield
 
 
 def few(seed: int, *, turned: bool = True, bank: Bank = BANK) -> Tasks:
