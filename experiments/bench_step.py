@@ -34,7 +34,7 @@ from experiments.progress import progress
 from onn import carve, qwen3, train, tree
 from onn.data import Batch
 from onn.functional.transform import Taps
-from onn.objective import ExpertOptimizer, StepConfig
+from onn.objective import ExpertOptimizer, Regime, StepConfig
 from onn.qwen3 import Model, MoeConfig, Qwen3Config, Route
 from onn.tiling import backend_of
 from onn.train import State
@@ -90,13 +90,16 @@ def step_rows(case: StepCase, dtype: torch.dtype, *, options: Options) -> list[R
     quarter = case.experts // 4
     moe = replace(QWEN3_06B.sparse.moe, num_experts=case.experts, top_k=quarter, backend=options.backend)
     everything = replace(moe, min_k=case.experts)
+    top_k = replace(everything, route="top_k")
     works = {
         "dense": work(case, dtype, None, seed=options.seed),
-        "carved": work(case, dtype, replace(everything, route="top_k"), seed=options.seed),
+        "carved": work(case, dtype, top_k, seed=options.seed),
         "carved, threshold": work(case, dtype, replace(everything, route="threshold"), seed=options.seed),
         "carved, SMK": work(case, dtype, replace(moe, route="top_k", min_k=max(quarter // 4, 1)), seed=options.seed),
-        "carved, consolidation": work(
-            case, dtype, replace(everything, route="top_k"), seed=options.seed, optimizer="consolidation"
+        "carved, consolidation": work(case, dtype, top_k, seed=options.seed, optimizer="consolidation"),
+        "experts alone": work(case, dtype, top_k, seed=options.seed, regime="experts"),
+        "experts alone, consolidation": work(
+            case, dtype, top_k, seed=options.seed, optimizer="consolidation", regime="experts"
         ),
     }
     forms: tuple[Form, ...] = get_args(Form)
@@ -104,8 +107,9 @@ def step_rows(case: StepCase, dtype: torch.dtype, *, options: Options) -> list[R
     found = measured(variants, repeats=options.rounds, budget=options.budget)
     pairs = [(f"{name}, {form}", f"dense, {form}") for name in works if name != "dense" for form in forms]
     rows = []
-    consolidated = [(f"carved, consolidation, {form}", f"carved, {form}") for form in forms]
-    for variant, baseline in [*pairs, *consolidated, ("dense, regional", "dense, eager")]:
+    others = ("carved, consolidation", "experts alone", "experts alone, consolidation")
+    against = [(f"{name}, {form}", f"carved, {form}") for name in others for form in forms]
+    for variant, baseline in [*pairs, *against, ("dense, regional", "dense, eager")]:
         one = row(found, variant, baseline, suite="step", case=str(case), dtype=dtype)
         rows.append(replace(one, note=f"{case.batch * case.length / one.seconds:.0f} tokens/s"))
     if torch.cuda.is_available():
@@ -122,7 +126,13 @@ def step_run(start: Work, form: Form) -> Run:
 
 
 def work(
-    case: StepCase, dtype: torch.dtype, moe: MoeConfig | None, *, seed: int, optimizer: ExpertOptimizer = "adamw"
+    case: StepCase,
+    dtype: torch.dtype,
+    moe: MoeConfig | None,
+    *,
+    seed: int,
+    optimizer: ExpertOptimizer = "adamw",
+    regime: Regime = "everything",
 ) -> Work:
     """A model of a case with random weights, carved where there is a `moe`, a quarter of whose experts is active."""
     draws = noise.generator(seed)
@@ -138,13 +148,13 @@ def work(
     if moe is None:
         settings = presets.step_config(config, phase="dense_continued")
     else:
-        sparse = replace(config.sparse, moe=moe, optimizer=optimizer)
+        sparse = replace(config.sparse, moe=moe, optimizer=optimizer, regime=regime)
         settings = presets.step_config(replace(config, sparse=sparse), phase="moe")
         model = carve.carve(model, num_experts=case.experts)
         if moe.route == "threshold":
             model = at_a_quarter(model, batch, config=case.model, moe=moe)
     bits = noise.rounding_bits(model, draws)
-    state = train.init_state(model, experts=optimizer)
+    state = train.init_state(model, experts=optimizer, regime=regime)
     return Work(state, batch, bits, replace(settings, engine="autograd"))
 
 
@@ -195,14 +205,14 @@ def mfu(case: StepCase, moe: MoeConfig, dtype: torch.dtype) -> float:
     return (flops["bank"] / seconds["bank"]) / (flops["product"] / seconds["product"])
 
 
-def cold(case: StepCase, route: Route, optimizer: ExpertOptimizer) -> Mapping[str, float]:
+def cold(case: StepCase, route: Route, optimizer: ExpertOptimizer, regime: Regime) -> Mapping[str, float]:
     """Seconds of the first and of the second step of a bfloat16 model in regions, with nothing compiled before, and the
     peak of the process in GiB. The state is handed over, as in training.
     """
     torch._dynamo.reset()
     return_large_blocks()
     moe = replace(QWEN3_06B.sparse.moe, num_experts=case.experts, top_k=case.experts // 4, route=route)
-    state, batch, _, settings = work(case, torch.bfloat16, moe, seed=0, optimizer=optimizer)
+    state, batch, _, settings = work(case, torch.bfloat16, moe, seed=0, optimizer=optimizer, regime=regime)
     held, draws, seconds = [state], noise.generator(1), {}
     del state
     for name in ("first", "second"):
@@ -216,12 +226,18 @@ def cold(case: StepCase, route: Route, optimizer: ExpertOptimizer) -> Mapping[st
     return {**seconds, "peak_gib": peak_gib()}
 
 
-def main(layers: int = 28, length: int = 128, route: Route = "threshold", optimizer: ExpertOptimizer = "adamw") -> None:
+def main(
+    layers: int = 28,
+    length: int = 128,
+    route: Route = "threshold",
+    optimizer: ExpertOptimizer = "adamw",
+    regime: Regime = "everything",
+) -> None:
     """Compile the step of Qwen3-0.6B from nothing."""
     case = StepCase(model=replace(QWEN3_06B.model, num_hidden_layers=layers), batch=1, length=length, experts=32)
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TORCHINDUCTOR_FX_GRAPH_CACHE": "0"}
-        found = cold(case, route, optimizer)
+        found = cold(case, route, optimizer, regime)
     print(
         f"{case}: first step {found['first']:.1f} s, second {found['second']:.1f} s, peak {found['peak_gib']:.2f} GiB"
     )

@@ -36,7 +36,6 @@ from experiments.study.arms import (
     SPECIALISED,
     Arm,
     Optimizer,
-    Regime,
     rates,
 )
 from experiments.study.contrasts import best
@@ -49,16 +48,14 @@ from experiments.study.statistics import scores
 from experiments.study.tasks import SCHEDULES, Bank, Family, Tasks, digits
 from experiments.study.text import text, trunk
 from experiments.workers import processors, workers
-from onn import check, storage
+from onn import check
 from onn.architecture import MAX_EXPERT_SIZE, MIN_EXPERTS
-from onn.config import read_text
-from onn.observe import Json, decode, encode
+from onn.observe import Json
+from onn.settings import Regime
 
 TUNING_SEEDS = (1000, 1001, 1002)
 LOOKED_AT = 5
 """Seeds whose experts are looked at one by one."""
-NAMED = 5
-"""Differences between two studies that a message names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +231,7 @@ def run(options: Options) -> Path:
         "rates": {optimizer: list(rates(optimizer)) for optimizer in get_args(Optimizer)},
         "arms": {name: arm.told() for name, arm in {**arms, **explored}.items()},
     }
-    _require_same(folder / "settings.json", settings)
+    store.require_same(folder / "settings.json", settings)
     known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
     began = time.monotonic()
     with workers(options.workers) as each, TemporaryDirectory() as scratch:
@@ -297,41 +294,6 @@ def tasks_of(family: Family, seeds: int, bank: Bank) -> Mapping[int, Tasks]:
         shared = trunk(bank)
         return {seed: text(shared, seed) for seed in wanted}
     return {seed: digits(seed, turned=family == "digits-rotated", bank=bank) for seed in wanted}
-
-
-def _require_same(path: Path, settings: Mapping[str, Json]) -> None:
-    """A folder holds one study."""
-    text = encode(settings, indent=2)
-    if not path.exists():
-        storage.write_text(path, text)
-        return
-    try:
-        before = decode(read_text(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    check.require(
-        isinstance(before, Mapping) and "arms" in before,
-        f"{path.parent} holds a study of an earlier version: {path} lacks the table of its arms.",
-    )
-    found = list(_differences(before, decode(text), ""))
-    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
-    check.require(not found, f"{path.parent} holds another study, by {path}: {'; '.join(found[:NAMED])}{more}.")
-
-
-def _differences(before: Json, asked: Json, name: str) -> Iterator[str]:
-    """In words, the first of each mapping first."""
-    if isinstance(before, Mapping) and isinstance(asked, Mapping):
-        for key in dict.fromkeys((*before, *asked)):
-            place = f"{name}.{key}" if name else key
-            if key not in asked:
-                yield f"{place} is not asked for"
-            elif key not in before:
-                yield f"{place} is new"
-            else:
-                yield from _differences(before[key], asked[key], place)
-    elif before != asked:
-        was, now = (check.shown(encode(value, indent=None), quoted=False) for value in (before, asked))
-        yield f"{name} was {was}, {now} is asked for"
 
 
 def main(options: Options) -> int:

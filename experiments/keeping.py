@@ -145,7 +145,7 @@ class Keeper:
         if found is None:
             return None
         template = tree.map1(lambda leaf: leaf.to("meta"), model)
-        like = train.init_state(template, experts=self.config.sparse.optimizer)
+        like = train.init_state(template, experts=self.config.sparse.optimizer, regime=self.config.sparse.regime)
         restored = checkpoint.restore(found, "model", like=like.model)
         training = checkpoint.restore(found, "training", like=_training(like))
         state = State(restored, *training)

@@ -184,6 +184,27 @@ ABOVE: Mapping[str, Mutation] = MappingProxyType(
             "norm(x)",
             ("hub_surprise",),
         ),
+        "ramp_of_no_steps": Mutation(
+            "a density to hold from the first step on that begins with every expert open",
+            "onn/objective.py",
+            ".clamp(max=1) if ramp else torch.ones_like(step, dtype=torch.float32)",
+            ".clamp(max=1) if ramp else torch.zeros_like(step, dtype=torch.float32)",
+            ("train",),
+        ),
+        "frozen_parameters_decay": Mutation(
+            "weight decay of what shall not learn",
+            "onn/descent.py",
+            "return entry.param, entry.steps,",
+            "return entry.param * (1 - speeds.lr * rates.weight_decay), entry.steps,",
+            ("train_regime",),
+        ),
+        "replay_of_other_domains": Mutation(
+            "stored examples of domains that may be yet to come",
+            "experiments/whole_model.py",
+            "_domain(seed, at, domains) for at in range(place)",
+            "at for at in range(place)",
+            ("whole_model",),
+        ),
         "generator_reseeded": Mutation(
             "a generator made anew for every batch: the same windows at every step",
             "experiments/pipeline.py",

@@ -278,7 +278,7 @@ def _train(
     held, position = list[State](), Position(step=0, records=before.records, skipped=0)
     kept = job.keeper.state(phase, model, Generators(draws.get_state(), births.get_state()))
     if kept is None:
-        held.append(train.init_state(model, experts=config.sparse.optimizer))
+        held.append(train.init_state(model, experts=config.sparse.optimizer, regime=config.sparse.regime))
     else:
         position = kept.position
         draws.set_state(kept.generators.draws)

@@ -26,7 +26,7 @@ from onn.observe import Json, decode
 from onn.qwen3 import MoeConfig, Qwen3Config
 from onn.tiling import tiling_name
 
-VERSION = 4
+VERSION = 5
 """Of saved configurations; `load` upgrades older ones."""
 
 _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
@@ -37,6 +37,7 @@ _ADDED: Mapping[int, Mapping[str, Mapping[str, Value]]] = MappingProxyType(
         },
         3: {"train": {"checkpoint_every": 0, "checkpoints_kept": 2, "on_non_finite": "skip", "max_skipped": 0}},
         4: {"sparse": {"optimizer": "adamw", "consolidation": {"lr": 0.03, "damping": 1.0, "eps": 1e-8}}},
+        5: {"sparse": {"regime": "everything"}},
     }
 )
 """The values that each version added, by the part that holds them, and what was done before they could be chosen."""
@@ -164,6 +165,7 @@ TINY = RunConfig(
         ),
         granularity="token",
         optimizer="adamw",
+        regime="everything",
         consolidation=ConsolidationConfig(lr=0.03, damping=1.0, eps=1e-8),
         router=RouterConfig(
             target="surprise",

@@ -31,14 +31,14 @@ def updated(
 ) -> tuple[Model, optim.AdamWState[Model]]:
     """The optimizers leaf by leaf; the columns lose each leaf as soon as it is replaced.
 
-    They are parameters, gradients, steps, mean, square, learns and noise, the last of which may be empty. The embedding
-    comes last, when the gradients of all others are gone, and in pieces where it is large: the temporaries of a whole
-    one are several times its own size.
+    They are parameters, gradients, steps, mean, square, learns and noise, the last of which may be empty. A parameter
+    whose gradient holds no entry stays as it is. The embedding comes last, when the gradients of all others are gone,
+    and in pieces where it is large: the temporaries of a whole one are several times its own size.
     """
     rates = optim.Rates(beta1=config.beta1, beta2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
     done: tuple[list[Tensor], ...] = ([], [], [], [])
     while columns[0]:
-        pieces = _pieces(columns[0][-1])
+        pieces = _pieces(columns[0][-1]) if columns[1][-1].numel() else 1
         cut = [_cut(column.pop(), pieces) for column in columns if column]
         results = [
             _moved(optim.Entry(p, g, steps, mean, square, learns, tuple(bits)), speeds, rates=rates, region=region)
@@ -57,7 +57,9 @@ def _moved(
     entry: optim.Entry, speeds: Speeds, *, rates: optim.Rates, region: Region
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """AdamW on one leaf; one without moments descends along its gradient, which consolidation made."""
-    if entry.mean.numel() or not entry.param.numel():
+    if not entry.grad.numel():
+        return entry.param, entry.steps, entry.mean, entry.square
+    if entry.mean.numel():
         return optim.adamw_leaf(entry, lr=speeds.lr, scale=speeds.scale, rates=rates, region=region)
     param = optim.descended(entry.param, entry.grad, entry.learns, entry.bits, rate=speeds.experts, region=region)
     return param, torch.where(entry.learns, entry.steps + 1, entry.steps), entry.mean, entry.square

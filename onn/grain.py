@@ -7,7 +7,7 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import tree
-from onn.objective import carved_layers
+from onn.objective import ExpertOptimizer, Regime, carved_layers
 from onn.qwen3 import Model, Moe
 
 
@@ -21,14 +21,22 @@ def with_mlps(model: Model, mlps: list[Moe]) -> Model:
     )
 
 
-def without_experts(model: Model) -> Model:
-    """The same tree with matrices of the experts that hold no entry."""
+def banks_alone(model: Model) -> Model:
+    """The same tree with nothing but experts and routers: all other leaves hold no entry."""
+    return with_mlps(tree.map1(lambda leaf: leaf.new_empty(0), model), carved_layers(model))
+
+
+def adamw_part(model: Model, *, experts: ExpertOptimizer, regime: Regime) -> Model:
+    """The same tree with nothing in what AdamW does not train: leaves without entries."""
+    part = model if regime == "everything" else banks_alone(model)
+    if experts == "adamw":
+        return part
 
     def nothing(matrix: Tensor) -> Tensor:
         return matrix.new_empty(len(matrix), 0, 0)
 
     layers = carved_layers(model)
-    return with_mlps(model, [layer._replace(experts=tree.map1(nothing, layer.experts)) for layer in layers])
+    return with_mlps(part, [layer._replace(experts=tree.map1(nothing, layer.experts)) for layer in layers])
 
 
 def entry_norms(grads: Model) -> Model:

@@ -26,6 +26,7 @@ from onn.settings import Granularity as Granularity
 from onn.settings import IntegrityConfig as IntegrityConfig
 from onn.settings import MoeTraining as MoeTraining
 from onn.settings import OptimConfig as OptimConfig
+from onn.settings import Regime as Regime
 from onn.settings import RouterConfig as RouterConfig
 from onn.settings import RouterTarget as RouterTarget
 from onn.settings import StepConfig as StepConfig
@@ -249,7 +250,8 @@ def measure(model: Model, batch: Batch, *, config: StepConfig) -> tuple[Tensor, 
 def target_share(step: Tensor, *, config: DensityConfig) -> Tensor:
     """The share of active experts to aim at: linear from 1 down to the target over the ramp."""
     check.holds("target_share", "step", step, "real")
-    progress = (step.to(torch.float32) / max(config.ramp_steps, 1)).clamp(max=1)
+    ramp = config.ramp_steps
+    progress = (step.to(torch.float32) / ramp).clamp(max=1) if ramp else torch.ones_like(step, dtype=torch.float32)
     return 1 - (1 - config.target) * progress
 
 

@@ -12,6 +12,7 @@ from onn.tiling import backend_of
 
 Granularity = Literal["token", "batch", "off"]
 ExpertOptimizer = Literal["adamw", "consolidation"]
+Regime = Literal["everything", "experts"]
 RouterTarget = Literal["surprise", "normalised", "counterfactual"]
 MOST_STEPS = 2**62
 """What a counter of steps holds."""
@@ -162,15 +163,18 @@ class MoeTraining:
     """SMK by token, by batch, or off."""
     optimizer: ExpertOptimizer
     """Of the experts; all else is AdamW's."""
+    regime: Regime
+    """Whether everything learns, or experts and routers alone: all else stays as it was carved."""
     consolidation: ConsolidationConfig
     router: RouterConfig
     density: DensityConfig
     distill: DistillConfig
 
     def __post_init__(self) -> None:
-        """Refuse a granularity or optimizer that is none, and a target that the backend does not measure."""
+        """Refuse a granularity, optimizer or regime that is none, and a target that the backend does not measure."""
         check.one_of("MoeTraining", "granularity", self.granularity, get_args(Granularity))
         check.one_of("MoeTraining", "optimizer", self.optimizer, get_args(ExpertOptimizer))
+        check.one_of("MoeTraining", "regime", self.regime, get_args(Regime))
         check.require(
             self.router.target != "counterfactual" or backend_of(self.moe.backend) in ("auto", "dense"),
             f"MoeTraining: router.target='counterfactual' needs every expert computed: expected moe.backend='dense' or "

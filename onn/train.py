@@ -16,12 +16,13 @@ from onn import check, optim, tree
 from onn.data import Batch
 from onn.descent import Speeds, updated
 from onn.functional.transform import Taps
-from onn.grain import entry_norms, grain_of, that_learn, with_mlps, without_experts
+from onn.grain import adamw_part, banks_alone, entry_norms, grain_of, that_learn, with_mlps
 from onn.lessons import expert_lesson, router_lesson
 from onn.objective import (
     ExpertOptimizer,
     Measured,
     MoeTraining,
+    Regime,
     SparseMetrics,
     StepConfig,
     carved_layers,
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
     model: Model
     optimizer: optim.AdamWState[Model]
-    """Without moments of experts that consolidation trains."""
+    """Moments of what AdamW trains, and of nothing else."""
     importance: tuple[Tensor, ...]
     """[E, I] of each carved layer whose experts consolidation trains; none otherwise."""
     usage: tuple[F.Usage, ...]
@@ -69,26 +70,29 @@ class Metrics(NamedTuple):
     sparse: SparseMetrics | tuple[()]
 
 
-def init_state(model: Model, *, experts: ExpertOptimizer = "adamw") -> State:
+def init_state(model: Model, *, experts: ExpertOptimizer = "adamw", regime: Regime = "everything") -> State:
     """The state before the first step; no two of its tensors share memory that the model does not share.
 
     Args:
         model: dense or carved.
         experts: what trains the experts, as in `MoeTraining.optimizer`; of a dense model nothing.
+        regime: what learns, as in `MoeTraining.regime`; of a dense model everything.
 
     Raises:
-        ValueError: the model is none, its parts do not fit one another, or an unknown optimizer.
+        ValueError: the model is none, its parts do not fit one another, or an unknown optimizer or regime.
     """
     check_layers("init_state", model)
     check.one_of("init_state", "experts", experts, get_args(ExpertOptimizer))
+    check.one_of("init_state", "regime", regime, get_args(Regime))
     layers, consolidated = carved_layers(model), experts == "consolidation"
+    part = adamw_part(model, experts=experts, regime=regime) if layers else model
 
     def counts(layer: Moe) -> Tensor:
         return torch.zeros_like(layer.router.thresholds, dtype=torch.int64)
 
     return State(
         model=model,
-        optimizer=optim.adamw_init(without_experts(model) if consolidated else model, grain_of(model)),
+        optimizer=optim.adamw_init(part, grain_of(model)),
         importance=tuple(optim.consolidation_init(layer.experts) for layer in layers if consolidated),
         usage=tuple(F.Usage(routed=counts(layer), active=counts(layer)) for layer in layers),
         lifetime=tuple(counts(layer) for layer in layers),
@@ -104,6 +108,14 @@ def _check_like(where: str, name: str, given: Tree, like: Tree) -> None:
         wrong = next(path for path in (*expected, *found) if found.get(path) != expected.get(path))
         got, wanted = (list(shapes[wrong]) if wrong in shapes else "nothing" for shapes in (found, expected))
         raise ValueError(f"{where}: {name} does not fit the model at {wrong}: expected {wanted}, got {got}.")
+
+
+def _optimizer_of(state: State) -> ExpertOptimizer:
+    return "consolidation" if state.importance else "adamw"
+
+
+def _regime_of(state: State) -> Regime:
+    return "everything" if state.optimizer.mean.norm.numel() else "experts"
 
 
 def _check_state(where: str, state: State, *, sparse: bool) -> None:
@@ -125,7 +137,7 @@ def _check_state(where: str, state: State, *, sparse: bool) -> None:
     )
     for layer, met in zip(layers, importance, strict=False):
         check.shapes(where, ("gate", layer.experts.gate, "E I H"), ("importance", met, "float E I"))
-    trained = without_experts(state.model) if importance else state.model
+    trained = adamw_part(state.model, experts=_optimizer_of(state), regime=_regime_of(state))
     for name in ("mean", "square"):
         _check_like(where, f"optimizer.{name}", getattr(state.optimizer, name), trained)
     check.shapes(where, ("step", state.step, "integer"))
@@ -164,11 +176,12 @@ def step(
     """
     _check_state("step", state, sparse=config.sparse is not None)
     if config.sparse is not None:
-        found = "consolidation" if state.importance else "adamw"
-        check.require(
-            found == config.sparse.optimizer,
-            f"step: the state is one of {found}, the configuration has sparse.optimizer={config.sparse.optimizer!r}.",
-        )
+        told = (("optimizer", _optimizer_of(state)), ("regime", _regime_of(state)))
+        for name, found in told:
+            value = getattr(config.sparse, name)
+            check.require(
+                found == value, f"step: the state is one of {found}, the configuration has sparse.{name}={value!r}."
+            )
     if tree.leaves(noise):
         _check_like("step", "noise", noise, state.model)
     sparse = config.sparse
@@ -176,12 +189,7 @@ def step(
     if sparse is not None and sparse.granularity != "token":
         passed = replace(config, sparse=replace(sparse, moe=replace(sparse.moe, min_k=sparse.moe.num_experts)))
     soft = soft_targets(teacher, batch, config=config, region=region)
-
-    def loss(model: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
-        return language_loss(model, inputs, taps, soft, config=passed, region=region)
-
-    taps = zero_taps(state.model, batch.tokens.numel(), names=_tap_names(sparse))
-    total, seen, grads, of_mean = F.surprise_and_grad(loss, taps=taps, engine=config.engine)(state.model, batch)
+    total, seen, grads, of_mean = _backward(state.model, batch, soft, config=passed, region=region)
     metrics: SparseMetrics | tuple[()] = ()
     lr = _rate(state.step, config.optim.lr, config)
     if sparse is not None:
@@ -232,6 +240,22 @@ def step(
             sparse=metrics,
         ),
     )
+
+
+def _backward(
+    model: Model, batch: Batch, soft: Tensor | tuple[()], *, config: StepConfig, region: Region
+) -> F.SurpriseAndGrad[Model, Measured]:
+    """One forward and backward pass; gradients of what does not learn hold no entry and are not computed."""
+    sparse = config.sparse
+    alone = sparse is not None and sparse.regime == "experts"
+
+    def loss(learns: Model, inputs: Batch, taps: Taps) -> tuple[Tensor, Measured]:
+        whole = with_mlps(model, carved_layers(learns)) if alone else learns
+        return language_loss(whole, inputs, taps, soft, config=config, region=region)
+
+    taps = zero_taps(model, batch.tokens.numel(), names=_tap_names(sparse))
+    gradient = F.surprise_and_grad(loss, taps=taps, engine=config.engine)
+    return gradient(banks_alone(model) if alone else model, batch)
 
 
 def _rate(step: Tensor, peak: float, config: StepConfig) -> Tensor:

@@ -13,7 +13,6 @@ import pytest
 
 from experiments.page_blocks import Bullets, Details, Table, Text
 from experiments.study import contrasts, figures, report
-from experiments.study.arms import Regime
 from experiments.study.contrasts import Verdict, findings
 from experiments.study.groups import Setup, baseline, chosen, difference, grouped, interval, on_edge
 from experiments.study.records import Run
@@ -22,6 +21,7 @@ from experiments.study.setting import REGIMES
 from experiments.study.shown import NO_BREAK, among, p_text, plus_minus, signed
 from experiments.study.statistics import Interval, scores
 from experiments.study.store import Results
+from onn.settings import Regime
 from tests.study_runs import full_study, key, run, specialisation
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> $x^2$ **b** `c` &amp; |"

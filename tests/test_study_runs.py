@@ -141,6 +141,14 @@ def test_chunks_hold_one_kind_of_step_and_every_job_once() -> None:
     assert chunks(wanted) == found
 
 
+def test_the_first_chunks_are_of_different_kinds() -> None:
+    wanted = jobs("all", "replay", "smk-1", "smk-2", "smk-4", "ewc", "max-1", "surprise-route")
+    kinds = [needs(chunk[0]) for chunk in chunks(wanted * runs.LANES)]
+    different = len(set(kinds))
+    assert 1 < different < len(kinds)
+    assert len(set(kinds[:different])) == different
+
+
 def test_digits_differ_by_seed_and_turned_images_begin_upright() -> None:
     upright, permuted = few(0), few(0, turned=False)
     assert_same(upright.labels, permuted.labels)

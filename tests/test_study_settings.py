@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from experiments import forgetting
 from experiments.forgetting import Options
+from experiments.study import store
 from experiments.study.arms import ARMS, EXPLORATIONS, Arm
 from experiments.study.tasks import Bank, Family, Tasks
 from onn.observe import Json
@@ -97,7 +98,7 @@ def test_all_that_differs_is_named_as_far_as_it_is_little(tmp_path: Path) -> Non
     begin(asked(tmp_path, "root-neuron"))
     few = "seeds was 2, 3 is asked for; arms.root-neuron is not asked for; arms.all is new."
     refused(asked(tmp_path, "all", seeds=3), re.escape(few))
-    refused(asked(tmp_path, "root-neuron", explore=True), f"{len(EXPLORATIONS) - forgetting.NAMED} more")
+    refused(asked(tmp_path, "root-neuron", explore=True), f"{len(EXPLORATIONS) - store.NAMED} more")
     refused(
         asked(tmp_path, "root-neuron", family=("digits-permuted",)),
         r'family was \["digits-rotated"\], \["digits-permuted"\] is asked for; schedules\.digits-rotated is not',

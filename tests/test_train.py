@@ -31,6 +31,7 @@ SPARSE = MoeTraining(
     moe=replace(MOE, min_k=2),
     granularity="token",
     optimizer="adamw",
+    regime="everything",
     consolidation=ConsolidationConfig(lr=0.01, damping=1.0, eps=1e-8),
     router=RouterConfig(
         target="surprise",
@@ -297,6 +298,8 @@ def test_the_target_share_goes_down_in_a_line() -> None:
         for at in range(7)
     ]
     assert torch.stack(shares).tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    at_once = DensityConfig(target=0.2, ramp_steps=0, gain=1.0)
+    assert float(objective.target_share(torch.tensor(0), config=at_once)) == pytest.approx(0.2)
 
 
 def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_others() -> None:

@@ -15,7 +15,6 @@ from typing import Literal
 from onn.observe import Json
 
 Optimizer = Literal["sgd", "adamw", "adagrad", "own"]
-Regime = Literal["experts", "everything"]
 Data = Literal["order", "joint"]
 Penalty = Literal["none", "ewc", "si"]
 

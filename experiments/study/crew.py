@@ -22,6 +22,7 @@ from experiments.study.records import Run, Specialisation
 from experiments.study.runs import carry_out
 from experiments.study.specialisation import specialisations
 from experiments.study.tasks import Schedule, Tasks
+from experiments.workers import one_thread
 from onn import storage, tree
 
 
@@ -63,14 +64,10 @@ def share(tasks: Mapping[int, Tasks], path: Path) -> Path:
 
 def carried_out(work: Work) -> Done:
     """One chunk, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         tasks = _shared(work.tasks)
         trained = carry_out(work.jobs, tasks, work.schedule)
         return Done(trained.runs, specialisations(work.jobs, work.looked_at, trained, tasks))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=1)

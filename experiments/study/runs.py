@@ -58,11 +58,15 @@ class Trained(NamedTuple):
 
 
 def chunks(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in chunks of at most `LANES` that share a kind of step; the same jobs give the same chunks."""
+    """The jobs in chunks of at most `LANES` that share a kind of step; the same jobs give the same chunks.
+
+    The first of every kind lead, so that several processes begin with different kinds, which they compile.
+    """
     kinds: dict[Needs, list[Job]] = {}
     for job in jobs:
         kinds.setdefault(needs(job), []).append(job)
-    return [kind[at : at + LANES] for kind in kinds.values() for at in range(0, len(kind), LANES)]
+    parts = [[kind[at : at + LANES] for at in range(0, len(kind), LANES)] for kind in kinds.values()]
+    return [part[0] for part in parts] + [chunk for part in parts for chunk in part[1:]]
 
 
 def carry_out(jobs: Sequence[Job], tasks: Mapping[int, Tasks], schedule: Schedule) -> Trained:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from experiments.page_blocks import Bullets, Details, Piece, Table, Text
 from experiments.report import flatten, listing
-from experiments.study.arms import ALL, ARMS, BASE_ACTIVE, EXPLORATIONS, Arm, Regime
+from experiments.study.arms import ALL, ARMS, BASE_ACTIVE, EXPLORATIONS, Arm
 from experiments.study.groups import of, places
 from experiments.study.records import Run, Stage
 from experiments.study.store import Results
+from onn.settings import Regime
 
 STAGES: tuple[Stage, ...] = ("tuning", "evaluation", "frontier", "exploration")
 REGIMES: Mapping[Regime, str] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,8 @@ VERSION = 1
 RUNS = "runs.jsonl"
 SPECIALISATIONS = "specialisation.jsonl"
 RESULTS = "results.json"
+NAMED = 5
+"""Differences between two studies that a message names."""
 
 R = TypeVar("R")
 
@@ -87,6 +89,45 @@ def read_results(path: Path) -> Results:
         return Results(facts, settings, runs, _each(Specialisation, content.get("specialisations"), "specialisations"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def require_same(path: Path, settings: Mapping[str, Json]) -> None:
+    """Write the settings of a study down, or refuse to go on with another one in their folder.
+
+    Raises:
+        ValueError: `path` holds other settings, in words, or is damaged.
+    """
+    text = encode(settings, indent=2)
+    if not path.exists():
+        storage.write_text(path, text)
+        return
+    try:
+        before = decode(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    check.require(
+        isinstance(before, Mapping) and "arms" in before,
+        f"{path.parent} holds a study of an earlier version: {path} lacks the table of its arms.",
+    )
+    found = list(_differences(before, decode(text), ""))
+    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
+    check.require(not found, f"{path.parent} holds another study, by {path}: {'; '.join(found[:NAMED])}{more}.")
+
+
+def _differences(before: Json, asked: Json, name: str) -> Iterator[str]:
+    """In words, the first of each mapping first."""
+    if isinstance(before, Mapping) and isinstance(asked, Mapping):
+        for key in dict.fromkeys((*before, *asked)):
+            place = f"{name}.{key}" if name else key
+            if key not in asked:
+                yield f"{place} is not asked for"
+            elif key not in before:
+                yield f"{place} is new"
+            else:
+                yield from _differences(before[key], asked[key], place)
+    elif before != asked:
+        was, now = (check.shown(encode(value, indent=None), quoted=False) for value in (before, asked))
+        yield f"{name} was {was}, {now} is asked for"
 
 
 def _line(record: Run | Specialisation) -> str:

@@ -1,0 +1,396 @@
+"""Does a whole carved model forget less, by what trains its experts and by what else may learn?
+
+`uv run experiments/whole_model.py [--seeds 5] [--steps 100] [--out DIR]`: a small dense Qwen3 learns four domains of
+text alike, is carved in every layer and trained on, alike still, down to a quarter of its experts. From there it learns
+one domain after the other, in Latin-square orders, by every arm of `ARMS`: AdamW or `onn.optim.consolidation` for the
+experts, everything or experts and routers alone, SMK, replay, and all domains at once as the bound. Rates are tuned on
+a seed of its own, over as many pairs for every arm; then the seeds are paired. A study that was stopped goes on in its
+folder. Expected: `results.json` with every run, and a table of final loss, learning and forgetting on held-out text;
+`experiments/LOG.md` has the figures of the last one.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cache, lru_cache, partial
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import tyro
+
+from experiments import noise, presets
+from experiments.carving import pretrained
+from experiments.command import exit_status
+from experiments.compiling import by_region
+from experiments.facts import facts
+from experiments.memory import keep_freed_memory
+from experiments.presets import TINY, RunConfig
+from experiments.progress import progress
+from experiments.study import store
+from experiments.study.groups import Group, difference, grouped
+from experiments.study.records import Key, Run, Stage
+from experiments.study.statistics import Interval, scores
+from experiments.workers import one_thread, processors, workers
+from onn import carve, check, data, objective, qwen3, train, tree, weights
+from onn.data import Batch, Corpus, Pool
+from onn.objective import ExpertOptimizer, Granularity, Regime, StepConfig
+from onn.observe import Json
+from onn.qwen3 import Model
+
+EXPERTS, BYTES = 32, 300_000
+TUNING_SEED = 1000
+STORED = 100
+"""Windows of each domain that replay keeps."""
+FAMILY = "text, whole model"
+
+
+class Arm(NamedTuple):
+    """One way to learn the domains in turn."""
+
+    note: str
+    optimizer: ExpertOptimizer = "adamw"
+    """Of the experts."""
+    regime: Regime = "everything"
+    granularity: Granularity = "off"
+    """Of SMK, 2 experts of a token."""
+    replay: bool = False
+    """Half of each batch is stored windows of the domains before."""
+    joint: bool = False
+    """All domains at once."""
+
+
+ARMS: Mapping[str, Arm] = MappingProxyType(
+    {
+        "adamw": Arm("everything learns by AdamW"),
+        "consolidation": Arm("experts by consolidation, all else by AdamW", optimizer="consolidation"),
+        "smk": Arm("AdamW, of a token's experts the 2 least surprised learn", granularity="token"),
+        "replay": Arm("AdamW and 100 stored windows a domain", replay=True),
+        "joint": Arm("AdamW, all domains at once: the bound", joint=True),
+        "experts: adamw": Arm("experts and routers alone, by AdamW", regime="experts"),
+        "experts: consolidation": Arm(
+            "experts by consolidation, routers by AdamW, nothing else", optimizer="consolidation", regime="experts"
+        ),
+        "experts: smk": Arm("AdamW and SMK, nothing else learns", regime="experts", granularity="token"),
+        "experts: replay": Arm("AdamW and replay, nothing else learns", regime="experts", replay=True),
+    }
+)
+RATES: Mapping[ExpertOptimizer, Sequence[tuple[float, float]]] = MappingProxyType(
+    {
+        "adamw": tuple((2.5e-4 * 2**step, 0.0) for step in range(6)),
+        "consolidation": tuple(product((5e-4, 2e-3), (0.003, 0.01, 0.03))),
+    }
+)
+"""AdamW's rate, and consolidation's of the experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What to run."""
+
+    seeds: int = 5
+    steps: int = 100
+    """Of each domain."""
+    arms: tuple[str, ...] = ()
+    """Names of arms; all where none is given."""
+    dense_steps: int = 1000
+    """Of the dense model before the carve, and half as many of the carved one before the first domain."""
+    layers: int = 3
+    out: Path | None = None
+    """Folder; an unfinished study in it goes on. A new one under `runs/` where none is given."""
+    workers: int = field(default_factory=processors)
+    """Processes at once, of one thread each; results do not depend on how many."""
+
+
+class Work(NamedTuple):
+    """One run for a process that knows nothing else."""
+
+    key: Key
+    stage: Stage
+    steps: int
+    start: Path
+    """The carved model."""
+    config: RunConfig
+
+
+def configuration(options: Options) -> RunConfig:
+    """The main job at the size of this study, in float32; AdamW's rate is that of the carved model's training."""
+    return replace(
+        TINY,
+        model=replace(TINY.model, hidden_size=64, intermediate_size=256, num_hidden_layers=options.layers, head_dim=16),
+        sparse=replace(TINY.sparse, moe=replace(TINY.sparse.moe, min_k=2), granularity="off"),
+        data=replace(
+            TINY.data, bytes_per_domain=BYTES, held_out=0.1, batch_size=8, sequence_length=64, eval_windows=64
+        ),
+        train=replace(
+            TINY.train, dense_steps=options.dense_steps, steps=max(1, options.dense_steps // 2), dtype="float32"
+        ),
+        optim=replace(TINY.optim, lr=8e-3),
+        pretrain=replace(TINY.pretrain, lr=1e-2),
+    )
+
+
+def settings_of(work: Work) -> StepConfig:
+    """Rates that stay as they are, and the density held where it is."""
+    arm, config = ARMS[work.key.arm], work.config
+    sparse = replace(
+        config.sparse,
+        optimizer=arm.optimizer,
+        regime=arm.regime,
+        granularity=arm.granularity,
+        density=replace(config.sparse.density, ramp_steps=0),
+        consolidation=replace(config.sparse.consolidation, lr=work.key.strength),
+    )
+    optim = replace(config.optim, lr=work.key.lr, warmup=0, floor=1.0, weight_decay=0.01)
+    return replace(presets.step_config(replace(config, sparse=sparse, optim=optim), phase="moe"), engine="autograd")
+
+
+@lru_cache(maxsize=1)
+def _corpus(config: RunConfig) -> Corpus:
+    own = config.data
+    return data.embedded_corpus(bytes_per_domain=own.bytes_per_domain, held_out=own.held_out, seed=config.seed)
+
+
+@cache
+def _windows(config: RunConfig) -> Pool:
+    corpus = _corpus(config)
+    return data.pool(corpus.train, corpus.train_mask, length=config.data.sequence_length)
+
+
+def started(config: RunConfig) -> Model:
+    """The carved model that has learnt all domains alike, a quarter of its experts active."""
+    corpus, draws = _corpus(config), noise.generator(config.seed + 2)
+    drawn = noise.normal_like(qwen3.abstract(config.model), noise.generator(config.seed))
+    dense = pretrained(qwen3.init(drawn, config=config.model, dtype=torch.float32), corpus, config)
+    settings = presets.step_config(config, phase="moe")
+    state = train.init_state(carve.carve(dense, num_experts=EXPERTS))
+    for _ in progress(range(config.train.steps), desc="carved", unit="step"):
+        batch = data.sample_batch(_windows(config), torch.rand(config.data.batch_size, 2, generator=draws))
+        state, _ = train.step(state, batch, (), settings)
+    return state.model
+
+
+def choices(seed: int, place: int, arm: Arm, *, steps: int, size: int, domains: int) -> torch.Tensor:
+    """What `data.sample_batch` is told in the steps of the domain at this place of the seed's order, [steps, B, 2].
+
+    Stored windows are `STORED` of each domain, evenly spread over its text. Arms of equal seed share all else.
+    """
+    draws = noise.generator(1000 * (seed + 1) + place)
+    drawn = torch.rand(steps, size, 2, generator=draws)
+    earlier = torch.randint(max(place, 1), (steps, size), generator=draws)
+    slot = torch.randint(STORED, (steps, size), generator=draws)
+    if arm.joint:
+        return drawn
+    drawn[..., 0] = (_domain(seed, place, domains) + 0.5) / domains
+    if arm.replay and place:
+        kept = slice(size // 2, None)
+        before = torch.tensor([_domain(seed, at, domains) for at in range(place)])[earlier]
+        drawn[:, kept] = torch.stack([(before + 0.5) / domains, (slot + 0.5) / STORED], dim=-1)[:, kept]
+    return drawn
+
+
+def _domain(seed: int, place: int, domains: int) -> int:
+    return (seed + place) % domains
+
+
+def carried_out(work: Work) -> Run:
+    """One model, all domains in turn, on one thread."""
+    with one_thread():
+        return _carried_out(work)
+
+
+def _carried_out(work: Work) -> Run:
+    arm, settings, config = ARMS[work.key.arm], settings_of(work), work.config
+    domains = len(_corpus(config).domains)
+    model = weights.restore(work.start, like=_like(config))
+    state = train.init_state(model, experts=arm.optimizer, regime=arm.regime)
+    table, after_first = [_held_out(model, settings, work)], model
+    active: list[float] = []
+    for place in range(domains):
+        told = choices(work.key.seed, place, arm, steps=work.steps, size=config.data.batch_size, domains=domains)
+        active = []
+        for choice in told:
+            state, metrics = train.step(
+                state, data.sample_batch(_windows(config), choice), (), settings, (), by_region()
+            )
+            assert isinstance(metrics.sparse, objective.SparseMetrics)
+            active.append(float(metrics.sparse.active_share))
+        table.append(_held_out(state.model, settings, work))
+        after_first = after_first if place else state.model
+    return Run(
+        key=work.key,
+        stage=work.stage,
+        scores=tuple(tuple(-loss for loss in row) for row in table),
+        losses=tuple(table),
+        change=_change(after_first, state.model),
+        active=sum(active) / len(active),
+        series={},
+    )
+
+
+def _like(config: RunConfig) -> Model:
+    return carve.carve(tree.map1(lambda leaf: leaf.float(), qwen3.abstract(config.model)), num_experts=EXPERTS)
+
+
+def _held_out(model: Model, settings: StepConfig, work: Work) -> tuple[float, ...]:
+    """The loss of every domain in the order of the seed, in nats."""
+    corpus, config = _corpus(work.config), work.config.data
+    losses = []
+    for place in range(len(corpus.domains)):
+        domain = _domain(work.key.seed, place, len(corpus.domains))
+        batches = data.evaluation_batches(
+            corpus.held_out[domain],
+            corpus.held_out_mask[domain],
+            batch=config.batch_size,
+            length=config.sequence_length,
+            limit=config.eval_windows,
+        )
+        counts, sums = zip(*(_loss(model, batch, settings) for batch in batches), strict=True)
+        losses.append(sum(sums) / sum(counts))
+    return tuple(losses)
+
+
+@torch.no_grad()
+def _loss(model: Model, batch: Batch, settings: StepConfig) -> tuple[int, float]:
+    taps = objective.zero_taps(model, batch.tokens.numel(), names=())
+    loss, _ = objective.language_loss(model, batch, taps, (), config=settings)
+    count = int(batch.mask.sum())
+    return count, count * float(loss)
+
+
+def _change(before: Model, after: Model) -> float:
+    """Norm of what the experts changed by, over their norm."""
+
+    def norm(models: Sequence[torch.Tensor]) -> float:
+        return math.sqrt(sum(float(leaf.double().square().sum()) for leaf in models))
+
+    old, new = (
+        [leaf for layer in objective.carved_layers(model) for leaf in layer.experts] for model in (before, after)
+    )
+    return norm([b - a for a, b in zip(old, new, strict=True)]) / norm(old)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """On the way."""
+
+    options: Options
+    folder: Path
+    runs: dict[tuple[Stage, Key], Run] = field(default_factory=dict)
+
+    def wanted(self, arms: Sequence[str]) -> Iterator[tuple[Stage, Key]]:
+        """Every pair of rates of every arm on the seed of tuning."""
+        for name in arms:
+            for rates in RATES[ARMS[name].optimizer]:
+                yield "tuning", key(name, rates, TUNING_SEED)
+
+    def tuned(self, arms: Sequence[str]) -> Iterator[tuple[Stage, Key]]:
+        """Every arm at its best pair of rates on all seeds."""
+        for name in arms:
+            rates = max(RATES[ARMS[name].optimizer], key=partial(self._accuracy, name))
+            for seed in range(self.options.seeds):
+                yield "evaluation", key(name, rates, seed)
+
+    def _accuracy(self, name: str, rates: tuple[float, float]) -> float:
+        found = scores(self.runs["tuning", key(name, rates, TUNING_SEED)].scores).accuracy
+        return found if math.isfinite(found) else -math.inf
+
+
+def key(name: str, rates: tuple[float, float], seed: int) -> Key:
+    """Of one run; the strength is consolidation's rate."""
+    arm = ARMS[name]
+    return Key(FAMILY, arm.regime, name, arm.optimizer, *rates, seed)
+
+
+def run(options: Options) -> Path:
+    """Carry out the study, and return its folder.
+
+    Raises:
+        ValueError: an unknown arm, sizes out of bounds, or a folder of another study.
+        ChildProcessError: a worker ended before its work did.
+    """
+    for name in options.arms:
+        check.one_of("whole_model", "arm", name, ARMS)
+    for name in ("seeds", "steps", "dense_steps", "layers", "workers"):
+        check.at_least("whole_model", name, getattr(options, name), 1)
+    keep_freed_memory()
+    config, names = configuration(options), options.arms or tuple(ARMS)
+    folder = options.out or Path("runs") / f"whole-model-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Json] = {
+        "seeds": options.seeds,
+        "steps": options.steps,
+        "configuration": presets.save(config),
+        "rates": {name: [list(pair) for pair in pairs] for name, pairs in RATES.items()},
+        "arms": {name: ARMS[name]._asdict() for name in names},
+    }
+    store.require_same(folder / "settings.json", settings)
+    start = folder / "start.safetensors"
+    if not start.exists():
+        weights.save(started(config), start, {})
+    known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
+    study = Study(options=options, folder=folder, runs=known)
+    with workers(options.workers) as each:
+        for title, plan in (("tuning", study.wanted), ("evaluation", study.tuned)):
+            planned = list(plan(names))
+            work = [
+                Work(what, stage, options.steps, start, config) for stage, what in planned if (stage, what) not in known
+            ]
+            done, left = each(carried_out, work), len(planned) - len(work)
+            with progress(done, desc=title, unit="run", total=len(planned), initial=left) as bar:
+                for found in bar:
+                    store.append(folder / store.RUNS, [found])
+                    known[found.stage, found.key] = found
+    results = store.Results(
+        facts={**facts(""), "threads": 1}, settings=settings, runs=list(known.values()), specialisations=[]
+    )
+    store.write_results(folder / store.RESULTS, results)
+    print(table(results.runs))
+    return folder
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Every arm as tuned: means over the seeds in nats, with intervals of 95%."""
+    groups = grouped([run for run in runs if run.stage == "evaluation"])
+    plain = next((group for group in groups if group.setup.arm == "adamw"), None)
+    rows = [["arm", "rates", "loss at the end", "less adamw's", "just learnt", "forgotten", "active"]]
+    rows += [_row(group, plain) for group in groups]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _row(group: Group, plain: Group | None) -> list[str]:
+    rates = f"{group.setup.lr:g}" + (f", {group.setup.strength:g}" if group.setup.strength else "")
+    against = "-" if plain is None or plain is group else _shown(_negated(difference(group, plain)))
+    return [
+        group.setup.arm,
+        rates,
+        _shown(_negated(group.accuracy)),
+        against,
+        f"{-group.learning.mean:.3f}",
+        _shown(_negated(group.transfer)),
+        f"{group.active.mean:.2f}",
+    ]
+
+
+def _negated(found: Interval) -> Interval:
+    return Interval(-found.mean, -found.high, -found.low, found.n)
+
+
+def _shown(found: Interval) -> str:
+    return f"{found.mean:+.3f} ({found.low:+.3f}, {found.high:+.3f})"
+
+
+def main(options: Options) -> int:
+    """Run one study; the exit status."""
+    return exit_status(lambda: print(f"Runs: {run(options) / store.RESULTS}"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, prog="whole_model.py", description=__doc__)))
