@@ -5,8 +5,7 @@ text alike, is carved in every layer and trained on, alike still, down to a quar
 one domain after the other, in Latin-square orders, by every arm of `ARMS`: AdamW or `onn.optim.consolidation` for the
 experts, everything or experts and routers alone, SMK, replay, and all domains at once as the bound. Rates are tuned on
 a seed of its own, over as many pairs for every arm; then the seeds are paired. A study that was stopped goes on in its
-folder. Expected: `results.json` with every run, and a table of final loss, learning and forgetting on held-out text;
-`experiments/LOG.md` has the figures of the last one.
+folder. Expected: `results.json` with every run, and a table of final loss, learning and forgetting on held-out text.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ import tyro
 from experiments import noise, presets
 from experiments.carving import pretrained
 from experiments.command import exit_status
-from experiments.compiling import by_region
 from experiments.facts import facts
 from experiments.memory import keep_freed_memory
 from experiments.presets import TINY, RunConfig
@@ -216,9 +214,7 @@ def _carried_out(work: Work) -> Run:
         told = choices(work.key.seed, place, arm, steps=work.steps, size=config.data.batch_size, domains=domains)
         active = []
         for choice in told:
-            state, metrics = train.step(
-                state, data.sample_batch(_windows(config), choice), (), settings, (), by_region()
-            )
+            state, metrics = train.step(state, data.sample_batch(_windows(config), choice), (), settings)
             assert isinstance(metrics.sparse, objective.SparseMetrics)
             active.append(float(metrics.sparse.active_share))
         table.append(_held_out(state.model, settings, work))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compiling, whole_model
+from experiments import whole_model
 from experiments.study import store
 from experiments.study.records import Run
 from experiments.whole_model import ARMS, RATES, STORED, Options, choices, key, settings_of
@@ -20,7 +20,6 @@ NAMES = ("replay", "experts: consolidation")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_can_compile", lambda: False)
     monkeypatch.setattr(whole_model, "BYTES", 20_000)
     monkeypatch.setattr(whole_model, "RATES", {name: pairs[1:3] for name, pairs in RATES.items()})
 
