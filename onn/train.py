@@ -176,9 +176,9 @@ def step(
     """
     _check_state("step", state, sparse=config.sparse is not None)
     if config.sparse is not None:
-        told = (("optimizer", _optimizer_of(state)), ("regime", _regime_of(state)))
-        for name, found in told:
-            value = getattr(config.sparse, name)
+        told = config.sparse
+        pairs = (("optimizer", _optimizer_of(state), told.optimizer), ("regime", _regime_of(state), told.regime))
+        for name, found, value in pairs:
             check.require(
                 found == value, f"step: the state is one of {found}, the configuration has sparse.{name}={value!r}."
             )
