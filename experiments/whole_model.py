@@ -1,21 +1,23 @@
 """Does a whole carved model forget less, by what trains its experts and by what else may learn?
 
-`uv run experiments/whole_model.py [--seeds 5] [--steps 100] [--out DIR]`: a small dense Qwen3 learns four domains of
+`uv run experiments/whole_model.py [--seeds 3] [--steps 100] [--out DIR]`: a small dense Qwen3 learns four domains of
 text alike, is carved in every layer and trained on, alike still, down to a quarter of its experts. From there it learns
 one domain after the other, in Latin-square orders, by every arm of `ARMS`: AdamW or `onn.optim.consolidation` for the
-experts, everything or experts and routers alone, SMK, replay, and all domains at once as the bound. Rates are tuned on
-a seed of its own, over as many pairs for every arm; then the seeds are paired. A study that was stopped goes on in its
-folder. Expected: `results.json` with every run, and a table of final loss, learning and forgetting on held-out text.
+experts, everything or experts and routers alone, SMK, replay, and all domains at once as the bound; at as many rates
+each, because the start knows every domain and the least rate forgets least: what counts is what is forgotten at equal
+learning. A study that was stopped goes on in its folder. Expected: `results.json` with every run, a table of loss,
+learning and forgetting on held-out text by arm and rate, and paired differences at equal learning.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache, lru_cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -24,26 +26,28 @@ from typing import NamedTuple
 import torch
 import tyro
 
-from experiments import noise, presets
+from experiments import noise, pipeline, presets
 from experiments.carving import pretrained
 from experiments.command import exit_status
 from experiments.facts import facts
 from experiments.memory import keep_freed_memory
+from experiments.pipeline import Source
 from experiments.presets import TINY, RunConfig
 from experiments.progress import progress
 from experiments.study import store
-from experiments.study.groups import Group, difference, grouped
-from experiments.study.records import Key, Run, Stage
-from experiments.study.statistics import Interval, scores
+from experiments.study.groups import grouped, interval
+from experiments.study.records import Key, Run
+from experiments.study.statistics import Point, at_equal_learning, scores
+from experiments.study.tasks import Bank
+from experiments.study.text import dense
 from experiments.workers import one_thread, processors, workers
-from onn import carve, check, data, objective, qwen3, train, tree, weights
-from onn.data import Batch, Corpus, Pool
+from onn import carve, check, data, objective, qwen3, train, weights
+from onn.data import Batch, Pool
 from onn.objective import ExpertOptimizer, Granularity, Regime, StepConfig
 from onn.observe import Json
 from onn.qwen3 import Model
 
-EXPERTS, BYTES = 32, 300_000
-TUNING_SEED = 1000
+BANK, BYTES = Bank(experts=32, width=8), 300_000
 STORED = 100
 """Windows of each domain that replay keeps."""
 FAMILY = "text, whole model"
@@ -92,7 +96,7 @@ RATES: Mapping[ExpertOptimizer, Sequence[tuple[float, float]]] = MappingProxyTyp
 class Options:
     """What to run."""
 
-    seeds: int = 5
+    seeds: int = 3
     steps: int = 100
     """Of each domain."""
     arms: tuple[str, ...] = ()
@@ -110,7 +114,6 @@ class Work(NamedTuple):
     """One run for a process that knows nothing else."""
 
     key: Key
-    stage: Stage
     steps: int
     start: Path
     """The carved model."""
@@ -121,7 +124,7 @@ def configuration(options: Options) -> RunConfig:
     """The main job at the size of this study, in float32; AdamW's rate is that of the carved model's training."""
     return replace(
         TINY,
-        model=replace(TINY.model, hidden_size=64, intermediate_size=256, num_hidden_layers=options.layers, head_dim=16),
+        model=replace(dense(BANK), num_hidden_layers=options.layers),
         sparse=replace(TINY.sparse, moe=replace(TINY.sparse.moe, min_k=2), granularity="off"),
         data=replace(
             TINY.data, bytes_per_domain=BYTES, held_out=0.1, batch_size=8, sequence_length=64, eval_windows=64
@@ -146,28 +149,26 @@ def settings_of(work: Work) -> StepConfig:
         consolidation=replace(config.sparse.consolidation, lr=work.key.strength),
     )
     optim = replace(config.optim, lr=work.key.lr, warmup=0, floor=1.0, weight_decay=0.01)
-    return replace(presets.step_config(replace(config, sparse=sparse, optim=optim), phase="moe"), engine="autograd")
+    return presets.step_config(replace(config, sparse=sparse, optim=optim), phase="moe")
 
 
-@lru_cache(maxsize=1)
-def _corpus(config: RunConfig) -> Corpus:
-    own = config.data
-    return data.embedded_corpus(bytes_per_domain=own.bytes_per_domain, held_out=own.held_out, seed=config.seed)
+@cache
+def _source(config: RunConfig) -> Source:
+    return pipeline.prepare(config)
 
 
 @cache
 def _windows(config: RunConfig) -> Pool:
-    corpus = _corpus(config)
+    corpus = _source(config).corpus
     return data.pool(corpus.train, corpus.train_mask, length=config.data.sequence_length)
 
 
 def started(config: RunConfig) -> Model:
     """The carved model that has learnt all domains alike, a quarter of its experts active."""
-    corpus, draws = _corpus(config), noise.generator(config.seed + 2)
-    drawn = noise.normal_like(qwen3.abstract(config.model), noise.generator(config.seed))
-    dense = pretrained(qwen3.init(drawn, config=config.model, dtype=torch.float32), corpus, config)
+    source, draws = _source(config), noise.generator(config.seed + 2)
+    learnt = pretrained(source.model, source.corpus, config)
     settings = presets.step_config(config, phase="moe")
-    state = train.init_state(carve.carve(dense, num_experts=EXPERTS))
+    state = train.init_state(carve.carve(learnt, num_experts=BANK.experts))
     for _ in progress(range(config.train.steps), desc="carved", unit="step"):
         batch = data.sample_batch(_windows(config), torch.rand(config.data.batch_size, 2, generator=draws))
         state, _ = train.step(state, batch, (), settings)
@@ -205,7 +206,7 @@ def carried_out(work: Work) -> Run:
 
 def _carried_out(work: Work) -> Run:
     arm, settings, config = ARMS[work.key.arm], settings_of(work), work.config
-    domains = len(_corpus(config).domains)
+    domains = len(_source(config).corpus.domains)
     model = weights.restore(work.start, like=_like(config))
     state = train.init_state(model, experts=arm.optimizer, regime=arm.regime)
     table, after_first = [_held_out(model, settings, work)], model
@@ -221,7 +222,7 @@ def _carried_out(work: Work) -> Run:
         after_first = after_first if place else state.model
     return Run(
         key=work.key,
-        stage=work.stage,
+        stage="frontier",
         scores=tuple(tuple(-loss for loss in row) for row in table),
         losses=tuple(table),
         change=_change(after_first, state.model),
@@ -231,22 +232,15 @@ def _carried_out(work: Work) -> Run:
 
 
 def _like(config: RunConfig) -> Model:
-    return carve.carve(tree.map1(lambda leaf: leaf.float(), qwen3.abstract(config.model)), num_experts=EXPERTS)
+    return carve.carve(qwen3.abstract(config.model), num_experts=BANK.experts)
 
 
 def _held_out(model: Model, settings: StepConfig, work: Work) -> tuple[float, ...]:
     """The loss of every domain in the order of the seed, in nats."""
-    corpus, config = _corpus(work.config), work.config.data
+    domains = list(pipeline.held_out_batches(_source(work.config).corpus, work.config).values())
     losses = []
-    for place in range(len(corpus.domains)):
-        domain = _domain(work.key.seed, place, len(corpus.domains))
-        batches = data.evaluation_batches(
-            corpus.held_out[domain],
-            corpus.held_out_mask[domain],
-            batch=config.batch_size,
-            length=config.sequence_length,
-            limit=config.eval_windows,
-        )
+    for place in range(len(domains)):
+        batches = domains[_domain(work.key.seed, place, len(domains))]
         counts, sums = zip(*(_loss(model, batch, settings) for batch in batches), strict=True)
         losses.append(sum(sums) / sum(counts))
     return tuple(losses)
@@ -270,32 +264,6 @@ def _change(before: Model, after: Model) -> float:
         [leaf for layer in objective.carved_layers(model) for leaf in layer.experts] for model in (before, after)
     )
     return norm([b - a for a, b in zip(old, new, strict=True)]) / norm(old)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
-    """On the way."""
-
-    options: Options
-    folder: Path
-    runs: dict[tuple[Stage, Key], Run] = field(default_factory=dict)
-
-    def wanted(self, arms: Sequence[str]) -> Iterator[tuple[Stage, Key]]:
-        """Every pair of rates of every arm on the seed of tuning."""
-        for name in arms:
-            for rates in RATES[ARMS[name].optimizer]:
-                yield "tuning", key(name, rates, TUNING_SEED)
-
-    def tuned(self, arms: Sequence[str]) -> Iterator[tuple[Stage, Key]]:
-        """Every arm at its best pair of rates on all seeds."""
-        for name in arms:
-            rates = max(RATES[ARMS[name].optimizer], key=partial(self._accuracy, name))
-            for seed in range(self.options.seeds):
-                yield "evaluation", key(name, rates, seed)
-
-    def _accuracy(self, name: str, rates: tuple[float, float]) -> float:
-        found = scores(self.runs["tuning", key(name, rates, TUNING_SEED)].scores).accuracy
-        return found if math.isfinite(found) else -math.inf
 
 
 def key(name: str, rates: tuple[float, float], seed: int) -> Key:
@@ -330,57 +298,63 @@ def run(options: Options) -> Path:
     start = folder / "start.safetensors"
     if not start.exists():
         weights.save(started(config), start, {})
-    known = {(run.stage, run.key): run for run in store.load_runs(folder / store.RUNS)}
-    study = Study(options=options, folder=folder, runs=known)
+    known = {run.key: run for run in store.load_runs(folder / store.RUNS)}
+    wanted = [
+        key(name, rates, seed)
+        for name in names
+        for rates in RATES[ARMS[name].optimizer]
+        for seed in range(options.seeds)
+    ]
+    work = [Work(what, options.steps, start, config) for what in wanted if what not in known]
     with workers(options.workers) as each:
-        for title, plan in (("tuning", study.wanted), ("evaluation", study.tuned)):
-            planned = list(plan(names))
-            work = [
-                Work(what, stage, options.steps, start, config) for stage, what in planned if (stage, what) not in known
-            ]
-            done, left = each(carried_out, work), len(planned) - len(work)
-            with progress(done, desc=title, unit="run", total=len(planned), initial=left) as bar:
-                for found in bar:
-                    store.append(folder / store.RUNS, [found])
-                    known[found.stage, found.key] = found
+        done, left = each(carried_out, work), len(wanted) - len(work)
+        with progress(done, desc="whole models", unit="run", total=len(wanted), initial=left) as bar:
+            for found in bar:
+                store.append(folder / store.RUNS, [found])
+                known[found.key] = found
     results = store.Results(
         facts={**facts(""), "threads": 1}, settings=settings, runs=list(known.values()), specialisations=[]
     )
     store.write_results(folder / store.RESULTS, results)
-    print(table(results.runs))
+    print(f"{rates_table(results.runs)}\n\n{contrasts_table(results.runs)}")
     return folder
 
 
-def table(runs: Sequence[Run]) -> str:
-    """Every arm as tuned: means over the seeds in nats, with intervals of 95%."""
-    groups = grouped([run for run in runs if run.stage == "evaluation"])
-    plain = next((group for group in groups if group.setup.arm == "adamw"), None)
-    rows = [["arm", "rates", "loss at the end", "less adamw's", "just learnt", "forgotten", "active"]]
-    rows += [_row(group, plain) for group in groups]
+def rates_table(runs: Sequence[Run]) -> str:
+    """Every arm at every rate: means over the seeds in nats."""
+    rows = [["arm", "rates", "at the end", "just learnt", "forgotten", "active"]]
+    for group in sorted(grouped(runs), key=lambda group: (list(ARMS).index(group.setup.arm), group.setup)):
+        rates = ", ".join(f"{rate:g}" for rate in (group.setup.lr, group.setup.strength) if rate)
+        losses = (-group.accuracy.mean, -group.learning.mean, -group.transfer.mean)
+        rows.append([group.setup.arm, rates, *(f"{loss:.3f}" for loss in losses), f"{group.active.mean:.2f}"])
+    return _aligned(rows)
+
+
+def contrasts_table(runs: Sequence[Run]) -> str:
+    """How much less every arm forgets than AdamW, at equal learning: in nats, paired by seed, intervals of 95%.
+
+    Held against AdamW where as much learns; AdamW on experts alone against AdamW on everything.
+    """
+    curves: dict[tuple[str, int], list[Point]] = defaultdict(list)
+    for run in runs:
+        found = scores(run.scores)
+        curves[run.key.arm, run.key.seed].append(Point(found.learning, found.transfer))
+    rows = [["arm", "less forgotten than", "at equal learning", "seeds"]]
+    for name, arm in ARMS.items():
+        other = "adamw" if name == "experts: adamw" or arm.regime == "everything" else "experts: adamw"
+        if name == other or arm.joint:
+            continue
+        pairs = [(points, curves.get((other, seed), [])) for (own, seed), points in curves.items() if own == name]
+        shared = interval(at_equal_learning(*pair) for pair in pairs)
+        if shared.n:
+            bounds = f" ({shared.low:+.3f}, {shared.high:+.3f})" if shared.n > 1 else ""
+            rows.append([name, other, f"{shared.mean:+.3f}{bounds}", str(shared.n)])
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _row(group: Group, plain: Group | None) -> list[str]:
-    rates = f"{group.setup.lr:g}" + (f", {group.setup.strength:g}" if group.setup.strength else "")
-    against = "-" if plain is None or plain is group else _shown(_negated(difference(group, plain)))
-    return [
-        group.setup.arm,
-        rates,
-        _shown(_negated(group.accuracy)),
-        against,
-        f"{-group.learning.mean:.3f}",
-        _shown(_negated(group.transfer)),
-        f"{group.active.mean:.2f}",
-    ]
-
-
-def _negated(found: Interval) -> Interval:
-    return Interval(-found.mean, -found.high, -found.low, found.n)
-
-
-def _shown(found: Interval) -> str:
-    return f"{found.mean:+.3f} ({found.low:+.3f}, {found.high:+.3f})"
 
 
 def main(options: Options) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 import onn.functional as F
 from onn import lessons, objective, qwen3, train, tree
 from onn.data import Batch
-from onn.objective import ExpertOptimizer, Measured, MoeTraining, RouterTarget
+from onn.objective import ExpertOptimizer, Measured, MoeTraining, Regime, RouterTarget
 from onn.qwen3 import Attention, Carved, Layer, Mlp, Model, Moe
 from onn.region import inline
 from onn.tree import Tree
@@ -305,6 +305,9 @@ REFUSALS: dict[str, Refusal] = {
     "init_state, another optimizer": Refusal(
         lambda: train.init_state(STATE.model, experts=cast("ExpertOptimizer", "adam")),
         ("init_state", "experts", "'adam'"),
+    ),
+    "init_state, another regime": Refusal(
+        lambda: train.init_state(STATE.model, regime=cast("Regime", "router")), ("init_state", "regime", "'router'")
     ),
     "init_state": Refusal(lambda: train.init_state(cast("Model", FIRST)), ("init_state", "got Layer")),
     "init_state, a bank": Refusal(

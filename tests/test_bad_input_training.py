@@ -236,7 +236,7 @@ VALUES: dict[str, tuple[object, Mapping[str, tuple[object, ...]]]] = {
     ),
     "DensityConfig": (SPARSE.density, {"target": OUTSIDE, "ramp_steps": (-1, 2**63), "gain": OUTSIDE}),
     "DistillConfig": (SPARSE.distill, {"weight": OUTSIDE, "temperature": (*NEITHER, 0.0)}),
-    "MoeTraining": (SPARSE, {"granularity": ("tokens",), "optimizer": ("adam",)}),
+    "MoeTraining": (SPARSE, {"granularity": ("tokens",), "optimizer": ("adam",), "regime": ("router",)}),
     "StepConfig": (SETTINGS, {"total_steps": (-1, 2**63), "engine": ("autograds",)}),
 }
 """Of every class: one that is right, and values that its fields refuse."""

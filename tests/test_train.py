@@ -96,6 +96,17 @@ def experts_of(model: Model) -> list[F.Experts]:
     return [layer.experts for layer in objective.carved_layers(model)]
 
 
+def one_reborn(state: State) -> State:
+    """After a look for unused experts of which the fourth of the first layer is the only one."""
+    used = state.usage[0].active.clone()
+    used[3] = 0
+    usage = (state.usage[0]._replace(active=used), *state.usage[1:])
+    noise = tuple(normal(0, *layer.router.prototypes.shape) for layer in objective.carved_layers(state.model))
+    after, born = train.lifecycle(state._replace(usage=usage), noise, config=SPARSE, scale=0.1)
+    assert int(born[0]) == 1
+    return after
+
+
 def test_dense_steps_are_those_of_transformers_and_torch() -> None:
     start = parameters(ARCHITECTURE)
     hub = reference(start, ARCHITECTURE)

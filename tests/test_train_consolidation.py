@@ -15,9 +15,20 @@ from onn.functional.transform import Taps
 from onn.objective import Granularity, Measured, StepConfig
 from onn.qwen3 import Model
 from onn.train import State
-from tests.support import assert_close, assert_same, normal, tolerance
+from tests.support import assert_close, assert_same, tolerance
 from tests.test_qwen3 import parameters
-from tests.test_train import ARCHITECTURE, SETTINGS, SPARSE, batch, changed, experts_of, rounding, sparse, trained
+from tests.test_train import (
+    ARCHITECTURE,
+    SETTINGS,
+    SPARSE,
+    batch,
+    changed,
+    experts_of,
+    one_reborn,
+    rounding,
+    sparse,
+    trained,
+)
 
 CONSOLIDATION = replace(SPARSE.consolidation, lr=0.02, damping=0.5)
 HARDENED = changed(SETTINGS, optimizer="consolidation", consolidation=CONSOLIDATION)
@@ -187,12 +198,7 @@ def test_bfloat16_experts_learn_by_it() -> None:
 
 def test_the_reborn_have_met_nothing() -> None:
     state, _ = trained(hardened_state(), HARDENED, steps=2)
-    used = state.usage[0].active.clone()
-    used[3] = 0
-    usage = (state.usage[0]._replace(active=used), *state.usage[1:])
-    noise = tuple(normal(0, *layer.router.prototypes.shape) for layer in objective.carved_layers(state.model))
-    after, born = train.lifecycle(state._replace(usage=usage), noise, config=SPARSE, scale=0.1)
-    assert int(born[0]) == 1
+    after = one_reborn(state)
     assert not after.importance[0][3].any()
     rest = [expert for expert in range(10) if expert != 3]
     assert_same(after.importance[0][rest], state.importance[0][rest])

@@ -13,9 +13,9 @@ from onn import carve, objective, train, tree
 from onn.objective import ExpertOptimizer, Granularity, StepConfig
 from onn.qwen3 import Model
 from onn.train import State
-from tests.support import assert_close, assert_same, normal, tolerance
+from tests.support import assert_close, assert_same, tolerance
 from tests.test_qwen3 import parameters
-from tests.test_train import ARCHITECTURE, SETTINGS, SPARSE, batch, changed, rounding, trained
+from tests.test_train import ARCHITECTURE, SETTINGS, batch, changed, one_reborn, rounding, trained
 
 EVERY = get_args(ExpertOptimizer)
 UNCLIPPED = replace(SETTINGS, optim=replace(SETTINGS.optim, clip_norm=float("inf")))
@@ -132,12 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counter() -> None:
 
 def test_the_lifecycle_is_that_of_any_state() -> None:
     state, _ = trained(begun(alone("adamw")), alone("adamw"), steps=2)
-    used = state.usage[0].active.clone()
-    used[3] = 0
-    usage = (state.usage[0]._replace(active=used), *state.usage[1:])
-    noise = tuple(normal(0, *layer.router.prototypes.shape) for layer in objective.carved_layers(state.model))
-    after, born = train.lifecycle(state._replace(usage=usage), noise, config=SPARSE, scale=0.1)
-    assert int(born[0]) == 1
+    after = one_reborn(state)
     assert not objective.carved_layers(after.optimizer.mean)[0].experts.gate[3].any()
     assert_same(outside(after.model), outside(state.model))
 

@@ -60,7 +60,7 @@ def test_half_of_a_batch_of_replay_is_of_the_stored_windows_of_the_domains_befor
 def test_an_arm_is_what_its_step_is_told_at_rates_that_stay(name: str, tmp_path: Path) -> None:
     arm, config = ARMS[name], whole_model.configuration(small(tmp_path))
     rates = RATES[arm.optimizer][-1]
-    settings = settings_of(whole_model.Work(key(name, rates, 0), "tuning", 2, tmp_path, config))
+    settings = settings_of(whole_model.Work(key(name, rates, 0), 2, tmp_path, config))
     own = settings.sparse
     assert own is not None
     assert (own.optimizer, own.regime, own.granularity) == (arm.optimizer, arm.regime, arm.granularity)
@@ -82,13 +82,13 @@ def test_a_study_holds_every_run_and_goes_on_where_it_stopped(
 ) -> None:
     whole_model.run(small(tmp_path / "whole"))
     runs = store.read_results(tmp_path / "whole" / store.RESULTS).runs
-    assert len(runs) == len(NAMES) * (2 + 2)
+    assert len(runs) == len(NAMES) * 2 * 2
     for run in runs:
         assert len(run.losses) == 5
         assert all(len(row) == 4 and all(map(math.isfinite, row)) for row in run.losses)
         assert 0 < run.active <= 1
         assert run.change > 0
-    begun = {run.key.seed: run.losses[0] for run in runs if run.stage == "evaluation"}
+    begun = {run.key.seed: run.losses[0] for run in runs}
     assert begun[1] == (*begun[0][1:], begun[0][0])
     shown = capsys.readouterr().out.splitlines()
     assert all(any(line.startswith(f"{name} ") for line in shown) for name in NAMES)
@@ -114,19 +114,28 @@ def test_the_change_of_experts_is_relative(tmp_path: Path) -> None:
     assert whole_model._change(model, twice) == pytest.approx(1.0)
 
 
-def test_the_table_tells_loss_and_forgetting_against_adamw() -> None:
-    def run(name: str, seed: int, final: float, learnt: float) -> Run:
-        scores = ((-3.0, -3.0), (-learnt, -3.0), (-final, -learnt))
-        return Run(key(name, RATES[ARMS[name].optimizer][0], seed), "evaluation", scores, scores, 0.1, 0.25, {})
+def run_of(name: str, rate: int, seed: int, *, learnt: float, forgotten: float) -> Run:
+    scores = ((-3.0, -3.0), (-learnt, -3.0), (-learnt - forgotten, -learnt))
+    return Run(key(name, RATES[ARMS[name].optimizer][rate], seed), "frontier", scores, scores, 0.1, 0.25, {})
 
-    runs = [run("adamw", seed, 2.0 + 0.1 * seed, 1.5) for seed in range(3)]
-    runs += [run("experts: adamw", seed, 1.8 + 0.1 * seed, 1.5) for seed in range(3)]
-    head, first, second = whole_model.table(runs).splitlines()
+
+def test_every_rate_is_told_and_arms_are_held_against_adamw_at_equal_learning() -> None:
+    runs = [
+        run_of(name, rate, seed, learnt=2.0 - 0.1 * rate, forgotten=0.1 * (rate + seed) - spared)
+        for name, spared in (("adamw", 0.0), ("experts: adamw", 0.05), ("experts: consolidation", 0.25))
+        for rate in range(3)
+        for seed in range(3)
+    ]
+    head, *rows = whole_model.rates_table(runs).splitlines()
     assert head.startswith("arm ")
-    assert first.startswith("experts: adamw")
-    assert "-0.100 (-0.100, -0.100)" in first
-    assert "+0.400 (" in first
-    assert "+0.600 (" in second
+    assert len(rows) == 9
+    assert rows[0].split() == ["adamw", "0.00025", "2.050", "2.000", "0.100", "0.25"]
+    found = [line.split("  ") for line in whole_model.contrasts_table(runs).splitlines()[1:]]
+    told = [[cell.strip() for cell in line if cell.strip()] for line in found]
+    assert told == [
+        ["experts: adamw", "adamw", "+0.050 (+0.050, +0.050)", "3"],
+        ["experts: consolidation", "experts: adamw", "+0.200 (+0.200, +0.200)", "3"],
+    ]
 
 
 def test_an_unknown_arm_is_refused(tmp_path: Path) -> None:
