@@ -91,9 +91,9 @@ def test_a_step_is_pure_and_both_engines_agree(optimizer: ExpertOptimizer, granu
     assert_close(train.step(state, data, (), replace(settings, engine="func")), first, bound=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", EVERY)
-def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(optimizer: ExpertOptimizer) -> None:
-    settings = replace(alone(optimizer), engine="func")
+def test_a_compiled_step_is_the_eager_one_and_is_compiled_once() -> None:
+    """By consolidation, where routers are AdamW's: both optimizers."""
+    settings = replace(alone("consolidation"), engine="func")
     torch._dynamo.reset()
     compiled = torch.compile(train.step, fullgraph=True, backend="aot_eager")
     state = begun(settings, dtype=torch.float32)
@@ -104,14 +104,11 @@ def test_a_compiled_step_is_the_eager_one_and_is_compiled_once(optimizer: Expert
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("optimizer", EVERY)
-def test_a_step_by_regions_is_the_eager_one_and_never_compiles_again(
-    optimizer: ExpertOptimizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_by_regions_is_the_eager_one_and_never_compiles_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_can_compile", lambda: True)
     torch._dynamo.reset()
     compiling._region.cache_clear()
-    settings = alone(optimizer)
+    settings = alone("consolidation")
     state, region = begun(settings, dtype=torch.bfloat16), compiling.by_region("aot_eager")
     bits = [rounding(state.model, seed) for seed in range(2)]
     expected = train.step(state, batch(0), bits[0], settings)
