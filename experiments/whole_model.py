@@ -1,6 +1,6 @@
 """Does a whole carved model forget less, by what trains its experts and by what else may learn?
 
-`uv run experiments/whole_model.py [--seeds 3] [--steps 100] [--out DIR]`: a small dense Qwen3 learns four domains of
+`uv run experiments/whole_model.py [--seeds 4] [--steps 100] [--out DIR]`: a small dense Qwen3 learns four domains of
 text alike, is carved in every layer and trained on, alike still, down to a quarter of its experts. From there it learns
 one domain after the other, in Latin-square orders, by every arm of `ARMS`: AdamW or `onn.optim.consolidation` for the
 experts, everything or experts and routers alone, SMK, replay, and all domains at once as the bound; at as many rates
@@ -85,8 +85,8 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
 )
 RATES: Mapping[ExpertOptimizer, Sequence[tuple[float, float]]] = MappingProxyType(
     {
-        "adamw": tuple((2.5e-4 * 2**step, 0.0) for step in range(6)),
-        "consolidation": tuple(product((5e-4, 2e-3), (0.003, 0.01, 0.03))),
+        "adamw": tuple((1.25e-4 * 2**step, 0.0) for step in range(6)),
+        "consolidation": tuple(product((2.5e-4, 1e-3), (0.003, 0.01, 0.03))),
     }
 )
 """AdamW's rate, and consolidation's of the experts."""
@@ -96,7 +96,8 @@ RATES: Mapping[ExpertOptimizer, Sequence[tuple[float, float]]] = MappingProxyTyp
 class Options:
     """What to run."""
 
-    seeds: int = 3
+    seeds: int = 4
+    """As many as domains have every order of the square once."""
     steps: int = 100
     """Of each domain."""
     arms: tuple[str, ...] = ()
