@@ -110,9 +110,16 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         "silu_derivative": Mutation(
             "the derivative of SiLU without the term `1 + h (1 - sigmoid)`",
             "onn/functional/kernels/local.py",
-            "sigmoid * (1 + h1 * (1 - sigmoid))",
-            "sigmoid",
+            "torch.ops.aten.silu_backward(u * h3, h1)",
+            "u * h3 * torch.sigmoid(h1)",
             ("bank", "surprise"),
+        ),
+        "filled_with_another_token": Mutation(
+            "rows that only fill up a batch of experts hold a token of another expert, times 0: a NaN spreads",
+            "onn/functional/kernels/parts.py",
+            "tokens=pairs.token.index_select(0, own)",
+            "tokens=pairs.token.index_select(0, own.clamp(max=start))",
+            ("backends",),
         ),
         "surprise_of_pairs_without_weight": Mutation(
             "a dropped factor where only active pairs are computed",

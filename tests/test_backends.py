@@ -330,6 +330,24 @@ def test_the_same_call_gives_the_same_bits(backend: F.Backend, dtype: torch.dtyp
     assert_same(once, again)
 
 
+@pytest.mark.parametrize(("backend", "min_k"), [(Tiling(1000, 2.0), 4), (Tiling(1000, 2.0), 1), ("dense", 1)], ids=str)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_rows_that_fill_up_a_part_bring_nothing_of_another_token(backend: Chosen, min_k: int, poison: float) -> None:
+    """Of four experts in one part the first alone has the first and the last token, and the second has none."""
+    case = make_case(3, T=9, H=4, E=4, I=3, density=1.0)
+    first = torch.tensor([0, 8])
+    counts = torch.tensor([9, 0, 3, 5])
+    tokens = torch.arange(9)[:, None]
+    held = torch.where(tokens > 0, tokens <= counts, False).index_fill(0, first, False)
+    held[:, 0] = True
+    case = case._replace(weights=torch.where(held, case.weights, 0))
+    bad = case._replace(**{name: getattr(case, name).index_fill(0, first, poison) for name in ("x", "dy")})
+    got, expected = (differentiate(each, min_k=min_k, backend=backend).experts for each in (bad, case))
+    assert not any(bool(leaf[0].isfinite().all()) for leaf in got)
+    assert_same(tree.map1(lambda leaf: leaf[1], got), tree.map1(lambda leaf: torch.zeros_like(leaf[1]), got))
+    assert_same(tree.map1(lambda leaf: leaf[2:], got), tree.map1(lambda leaf: leaf[2:], expected))
+
+
 @st.composite
 def routed(draw: st.DrawFn) -> Tensor:
     T, E = draw(st.integers(0, 12)), draw(st.integers(1, 9))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import silu
 
 from onn.functional.types import Local, Residuals, reduction_dtype
 
@@ -14,9 +15,8 @@ from onn.functional.types import Local, Residuals, reduction_dtype
 def unit_gradients(residuals: Residuals, u: Tensor) -> Local:
     """The unit gradients from what the forward pass kept and `u = down_e g_t`, all of one shape [..., I]."""
     h1, h3 = residuals
-    sigmoid = torch.sigmoid(h1)
-    gated = h1 * sigmoid
-    return Local(c1=u * h3 * sigmoid * (1 + h1 * (1 - sigmoid)), c3=u * gated, a=gated * h3)
+    gated = silu(h1)
+    return Local(c1=torch.ops.aten.silu_backward(u * h3, h1), c3=u * gated, a=gated * h3)
 
 
 def unit_norms(local: Local) -> tuple[Tensor, Tensor]:

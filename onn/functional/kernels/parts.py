@@ -2,12 +2,13 @@
 
 Shape letters: T tokens, H hidden, E experts, I expert intermediate size, R pairs; of a part: G experts, N rows of each.
 
-A tensor with one entry for each pair has R + 1 of them, and one with an entry for each token T + 1: the last is
-nobody's, and rows that only fill a part up point there.
+A tensor with one entry for each pair has R + 1 of them, and a sum by token T + 1: the last is nobody's, and rows that
+only fill a part up point there.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -28,12 +29,12 @@ class Tiling(NamedTuple):
 
 
 IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
-"""What was fastest on a CPU of 2 cores with 1 MiB of second-level cache each, where all rows are gathered."""
+"""What was fastest on a CPU of 2 cores with 2 MiB of second-level cache each, where all rows are gathered."""
 
 
 def default_tiling(*, width: int) -> Tiling:
     """What was fastest there for experts of this width I."""
-    return Tiling(entries=IN_CACHE.entries, whole_from=0.4 if width <= 32 else 0.75)
+    return Tiling(entries=2**20, whole_from=0.4) if width <= 32 else Tiling(IN_CACHE.entries, whole_from=0.75)
 
 
 class Pairs(NamedTuple):
@@ -84,58 +85,98 @@ def _and(values: Tensor, last: int) -> Tensor:
     return torch.cat([values, values.new_full((1,), last)])
 
 
+class Workspace:
+    """Memory that the parts of a pass use one after the other.
+
+    Rows of a part are as large as a cache; an allocator that maps and clears them anew for every part takes up to as
+    long as all products together.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is held before it is asked for."""
+        self._held: dict[str, Tensor] = {}
+
+    def rows(self, slot: str, *shape: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor of any content on the device of `like`; the one taken before from this slot must not be needed."""
+        size = math.prod(shape)
+        held = self._held.get(slot)
+        if held is None or held.numel() < size or held.dtype != dtype:
+            held = self._held[slot] = like.new_empty(size, dtype=dtype)
+        return held[:size].view(shape)
+
+
+class Filling(NamedTuple):
+    """Rows that belong to nobody."""
+
+    places: Tensor
+    """[G N]: the pair of each row."""
+    tokens: Tensor
+    """[G N]: of each row; of nobody's one that its expert has, since its rows are multiplied by 0 and may be NaN."""
+    without: tuple[int, ...]
+    """Experts that have no pair and hold rows of others."""
+
+
 class Padded(NamedTuple):
     """Experts side by side, filled up to the rows of the largest: batched products."""
 
     experts: Span
     pairs: Span
     tokens: Tensor
-    """[G N]"""
-    places: Tensor | None
-    """[G N]: the pair of each row; `None` where nothing was filled up."""
+    """[G N]; T where filled up."""
+    filling: Filling | None
+    """`None` where nothing was filled up."""
     rows: int
     """N"""
+    space: Workspace
 
     @property
     def _shape(self) -> tuple[int, int]:
         return self.experts.stop - self.experts.start, self.rows
 
-    def take(self, source: Tensor) -> Tensor:
-        """Rows of a token-wise tensor: [T + 1, H] to [G, N, H]."""
-        return source.index_select(0, self.tokens).view(*self._shape, source.shape[1])
+    def take(self, source: Tensor, slot: str) -> Tensor:
+        """Rows of a token-wise tensor, until the next of this slot: [T, H] to [G, N, H], any where filled up."""
+        rows = self.space.rows(slot, len(self.tokens), source.shape[1], like=source, dtype=source.dtype)
+        torch.index_select(source, 0, self.tokens if self.filling is None else self.filling.tokens, out=rows)
+        return rows.view(*self._shape, source.shape[1])
 
     def spread(self, values: Tensor) -> Tensor:
         """Rows of a pair-wise tensor: [R + 1, I] to [G, N, I]."""
-        rows = values[self.pairs] if self.places is None else values.index_select(0, self.places)
+        rows = values[self.pairs] if self.filling is None else values.index_select(0, self.filling.places)
         return rows.view(*self._shape, values.shape[1])
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `spread`."""
         flat = rows.flatten(0, 1)
-        if self.places is None:
+        if self.filling is None:
             into[self.pairs] = flat
         else:
-            into.index_copy_(0, self.places, flat)
+            into.index_copy_(0, self.filling.places, flat)
 
     def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """`matrix_e rows`: [G, N, H] to [G, N, I]."""
         return torch.bmm(rows, matrix[self.experts].mT)
 
-    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """`matrix_e^T rows`: [G, N, I] to [G, N, H]."""
-        return torch.bmm(rows, matrix[self.experts])
+    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Add the sum of the products of [G, N, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
+        (rows, matrix), *others = products
+        shape = (*self._shape, matrix.shape[2])
+        sent = self.space.rows("sent", *shape, like=rows, dtype=rows.dtype)
+        torch.bmm(rows, matrix[self.experts], out=sent)
+        for rows, matrix in others:
+            sent.baddbmm_(rows, matrix[self.experts])
+        if sent.dtype != into.dtype:
+            sent = self.space.rows("wide", *shape, like=into, dtype=into.dtype).copy_(sent)
+        into.index_add_(0, self.tokens, sent.flatten(0, 1))
 
     def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
-        """Sums of the outer products of [G, N, I] and [G, N, H]: the part's rows of `out` [E, I, H]."""
+        """Sums of the outer products of [G, N, I], 0 where filled up, and [G, N, H]: the part's rows of `out`."""
         torch.bmm(rows.mT, sources, out=out[self.experts])
+        for expert in self.filling.without if self.filling is not None else ():
+            out[expert] = 0
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [G, N, I] over the rows of each expert: the part's rows of `out` [E, I]."""
         torch.sum(rows, dim=1, out=out[self.experts])
-
-    def add(self, rows: Tensor, into: Tensor) -> None:
-        """Add [G, N, H] to the tokens [T + 1, H] that they belong to."""
-        into.index_add_(0, self.tokens, rows.flatten(0, 1).to(into.dtype))
 
 
 class Whole(NamedTuple):
@@ -151,9 +192,9 @@ class Whole(NamedTuple):
     tokens: int
     """T"""
 
-    def take(self, source: Tensor) -> Tensor:
-        """[T + 1, H] to [T, H]."""
-        return source[: self.tokens]
+    def take(self, source: Tensor, slot: str) -> Tensor:
+        """[T, H]."""
+        return source
 
     def spread(self, values: Tensor) -> Tensor:
         """[R + 1, I] to [T, G, I], 0 where there is no pair."""
@@ -171,10 +212,14 @@ class Whole(NamedTuple):
         projected: Tensor = (rows @ part.flatten(0, 1).mT).unflatten(1, part.shape[:2])
         return projected
 
-    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """[T, G, I] to [T, H], summed over the experts."""
-        combined: Tensor = rows.flatten(1) @ matrix[self.experts].flatten(0, 1)
-        return combined
+    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Add the sum over products and experts, of [T, G, I] and [E, I, H], to the tokens [T + 1, H]."""
+        for rows, matrix in products:
+            factors = rows.flatten(1), matrix[self.experts].flatten(0, 1)
+            if into.dtype == rows.dtype:
+                into[: self.tokens].addmm_(*factors)
+            else:
+                into[: self.tokens] += torch.mm(*factors)
 
     def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
         """Sums of the outer products of [T, G, I] and [T, H]."""
@@ -183,10 +228,6 @@ class Whole(NamedTuple):
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [T, G, I] over the tokens."""
         torch.sum(rows, dim=0, out=out[self.experts])
-
-    def add(self, rows: Tensor, into: Tensor) -> None:
-        """Add [T, H] to the tokens [T + 1, H]."""
-        into[: self.tokens] += rows
 
 
 class Ragged(NamedTuple):
@@ -199,8 +240,8 @@ class Ragged(NamedTuple):
     ends: tuple[int, ...]
     """[E]: where the rows of each expert end."""
 
-    def take(self, source: Tensor) -> Tensor:
-        """[T + 1, H] to [R, H]."""
+    def take(self, source: Tensor, slot: str) -> Tensor:
+        """[T, H] to [R, H]."""
         return source.index_select(0, self.tokens)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -215,9 +256,10 @@ class Ragged(NamedTuple):
         """[R, H] to [R, I]."""
         return self._by_expert(rows, matrix.mT)
 
-    def combine(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """[R, I] to [R, H]."""
-        return self._by_expert(rows, matrix)
+    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
+        for rows, matrix in products:
+            into.index_add_(0, self.tokens, self._by_expert(rows, matrix).to(into.dtype))
 
     def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
         """Sums of the outer products of [R, I] and [R, H] by expert."""
@@ -230,10 +272,6 @@ class Ragged(NamedTuple):
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [R, I] by expert."""
         out.zero_().index_add_(0, self.owners, rows.to(out.dtype))
-
-    def add(self, rows: Tensor, into: Tensor) -> None:
-        """Add [R, H] to the tokens [T + 1, H]."""
-        into.index_add_(0, self.tokens, rows.to(into.dtype))
 
     def _by_expert(self, rows: Tensor, matrices: Tensor) -> Tensor:
         if takes_grouped(rows, matrices):
@@ -280,6 +318,7 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         ends = torch.tensor(pairs.counts).cumsum(0).tolist()
         yield Ragged(tokens=pairs.token[:-1], owners=pairs.expert[:-1], ends=tuple(ends))
         return
+    space = Workspace()
     rows = max(1, tiling.entries // hidden)
     first = start = 0
     while first < len(pairs.counts):
@@ -294,7 +333,7 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
             places = pairs.token[inside] * size + (pairs.expert[inside] - first)
             yield Whole(experts=experts, pairs=inside, places=places, tokens=tokens)
         else:
-            yield _padded(pairs, experts, start)
+            yield _padded(pairs, experts, start, space)
         first, start = first + size, last
 
 
@@ -312,20 +351,27 @@ def _similar(counts: Sequence[int], rows: int, below: float) -> int:
     for count in counts[1:]:
         largest, total = max(largest, count), total + count
         filled = (size + 1) * largest
-        if filled > rows or filled > 1.4 * total + 16 or (count > 0 and count >= below):
+        if filled > rows or filled > 1.4 * total + 256 or (count > 0 and count >= below):
             break
         size += 1
     return size
 
 
-def _padded(pairs: Pairs, experts: Span, start: int) -> Padded:
+def _padded(pairs: Pairs, experts: Span, start: int, space: Workspace) -> Padded:
     counts = pairs.counts[experts]
     rows, last = max(counts), start + sum(counts)
     inside = slice(start, last)
     if rows * len(counts) == last - start:
-        return Padded(experts=experts, pairs=inside, tokens=pairs.token[inside], places=None, rows=rows)
+        return Padded(experts, pairs=inside, tokens=pairs.token[inside], filling=None, rows=rows, space=space)
     held = torch.tensor(counts, device=pairs.token.device)[:, None]
     begins = start + held.cumsum(0) - held
     lane = torch.arange(rows, device=pairs.token.device)
     places = torch.where(lane < held, begins + lane, pairs.number).flatten()
-    return Padded(experts=experts, pairs=inside, tokens=pairs.token.index_select(0, places), places=places, rows=rows)
+    own = (begins + torch.minimum(lane, held - 1)).clamp(min=start).flatten()
+    filling = Filling(
+        places,
+        tokens=pairs.token.index_select(0, own),
+        without=tuple(experts.start + place for place, count in enumerate(counts) if not count),
+    )
+    tokens = pairs.token.index_select(0, places)
+    return Padded(experts, pairs=inside, tokens=tokens, filling=filling, rows=rows, space=space)

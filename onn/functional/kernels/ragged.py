@@ -92,7 +92,7 @@ def _forward(
         _forward_one(Experts(*bank[:3]), *bank[3:], tiling) for bank in zip(gate, up, down, x, weights, strict=True)
     ]
     y, h1, h3 = zip(*banks, strict=True)
-    return _stacked(y), torch.cat(h1), torch.cat(h3)
+    return _stacked(y), _joined(h1), _joined(h3)
 
 
 def _stacked(members: tuple[Tensor, ...]) -> Tensor:
@@ -100,24 +100,37 @@ def _stacked(members: tuple[Tensor, ...]) -> Tensor:
     return torch.stack(members) if len(members) > 1 else members[0][None]
 
 
+def _joined(members: tuple[Tensor, ...]) -> Tensor:
+    """As `torch.cat`, without a copy of a lone one."""
+    return torch.cat(members) if len(members) > 1 else members[0]
+
+
 def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-    pairs, source = active_pairs(weights), extended(x)
+    pairs = active_pairs(weights)
     (T, H), I = x.shape, experts.gate.shape[1]
-    h1, h3 = (x.new_zeros(pairs.number + 1, I) for _ in range(2))
-    y = source.new_zeros(T + 1, H, dtype=reduction_dtype(x.dtype))
+    h1, h3 = (_of_pairs(pairs, I, like=x, dtype=x.dtype) for _ in range(2))
+    y = x.new_zeros(T + 1, H, dtype=reduction_dtype(x.dtype))
     for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
-        rows = part.take(source)
+        rows = part.take(x, "x")
         gated, raised = part.project(rows, experts.gate), part.project(rows, experts.up)
         part.put(gated, h1)
         part.put(raised, h3)
         weight = part.spread(pairs.weight)
-        part.add(part.combine(torch.where(weight != 0, silu(gated) * raised * weight, 0), experts.down), y)
+        part.send((torch.where(weight != 0, silu(gated) * raised * weight, 0), experts.down), into=y)
     return y[:T].to(x.dtype), h1, h3
+
+
+def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R + 1, width] to be filled; nobody's are 0."""
+    rows = like.new_empty(pairs.number + 1, width, dtype=dtype)
+    rows[-1] = 0
+    return rows
 
 
 def _weighted(local: Local, weights: Tensor) -> Local:
     """Times the combine weights; what is not active drops out, finite or not."""
-    return Local(*(torch.where(weights != 0, rows * weights, 0) for rows in local))
+    active = weights != 0
+    return Local(*(torch.where(active, rows * weights, 0) for rows in local))
 
 
 def _backward(
@@ -156,14 +169,17 @@ def _backward_one(
     wanted: Wanted,
 ) -> RaggedGrads:
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
-    pairs, x_all, dy_all = active_pairs(weights), extended(x), extended(dy)
+    pairs = active_pairs(weights)
     masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())
     measured = wanted.surprise or masked
 
     def of_pairs(width: int, dtype: torch.dtype) -> Tensor:
-        return x.new_zeros(pairs.number + 1, width, dtype=dtype)
+        return _of_pairs(pairs, width, like=x, dtype=dtype)
 
-    learnt = Experts(*(x.new_empty(m.shape if wanted.experts else 0) for m in experts))
+    def of_experts(*, now: bool) -> Experts:
+        return Experts(*(x.new_empty(m.shape if wanted.experts and now else 0) for m in experts))
+
+    learnt = of_experts(now=not masked)
     dx = x.new_zeros((T + 1, H) if wanted.x else (0, H), dtype=wide)
     bias = x.new_empty((2, E, I) if wanted.bias else 0, dtype=wide)
     squares = x.new_empty((3, E, I) if wanted.squares else 0, dtype=wide)
@@ -171,10 +187,11 @@ def _backward_one(
     products = of_pairs(I if masked else 0, x.dtype)
     x_norm, dy_norm = inner, outer
     if measured or wanted.squares:
-        norms = (vector_norm(rows, dim=-1, keepdim=True, dtype=wide) for rows in (x_all, dy_all))
-        x_norm, dy_norm = (norm.index_select(0, pairs.token) for norm in norms)
-    for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
-        g, weight = part.take(dy_all), part.spread(pairs.weight)
+        norms = (vector_norm(rows, dim=-1, keepdim=True, dtype=wide) for rows in (x, dy))
+        x_norm, dy_norm = (extended(norm).index_select(0, pairs.token) for norm in norms)
+
+    def first_pass(part: Part) -> None:
+        g, weight = part.take(dy, "dy"), part.spread(pairs.weight)
         u = part.project(g, experts.down)
         local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
         part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
@@ -190,22 +207,26 @@ def _backward_one(
             part.put(u, products)
         else:
             if wanted.experts:
-                _learn(part, rows, part.take(x_all), g, learnt)
+                _learn(part, rows, part.take(x, "x"), g, learnt)
             if wanted.bias:
                 _learn_bias(part, rows, bias)
         if wanted.x:
-            part.add(part.combine(rows.c1, experts.gate) + part.combine(rows.c3, experts.up), dx)
+            part.send((rows.c1, experts.gate), (rows.c3, experts.up), into=dx)
+
+    for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
+        first_pass(part)
     surprise = inner[:0, 0]
     if measured:
         surprise = weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)[:-1, 0]
     if masked:
         kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
-        h1, h3, u_kept = (rows.index_select(0, places) for rows in (*residuals, products))
+        h1, h3, products = (rows.index_select(0, places) for rows in (*residuals, products))
+        learnt = of_experts(now=True)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
-            local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(u_kept))
+            local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(products))
             rows = _weighted(local, part.spread(kept.weight))
             if wanted.experts:
-                _learn(part, rows, part.take(x_all), part.take(dy_all), learnt)
+                _learn(part, rows, part.take(x, "x"), part.take(dy, "dy"), learnt)
             if wanted.bias:
                 _learn_bias(part, rows, bias)
 

@@ -41,9 +41,9 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
         counts=tuple(counts.tolist()),
     )
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
-    source, owned = extended(x), extended(rows[:last])
+    owned = extended(rows[:last])
     for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=IN_CACHE):
-        part.outer(part.spread(owned), part.take(source), out)
+        part.outer(part.spread(owned), part.take(x, "x"), out)
     return out
 
 
