@@ -176,10 +176,10 @@ def _backward_one(
     def of_pairs(width: int, dtype: torch.dtype) -> Tensor:
         return _of_pairs(pairs, width, like=x, dtype=dtype)
 
-    def of_experts(*, now: bool) -> Experts:
-        return Experts(*(x.new_empty(m.shape if wanted.experts and now else 0) for m in experts))
+    def room(*, needed: bool) -> Experts:
+        return Experts(*(x.new_empty(m.shape if needed else 0) for m in experts))
 
-    learnt = of_experts(now=not masked)
+    learnt = room(needed=wanted.experts and not masked)
     dx = x.new_zeros((T + 1, H) if wanted.x else (0, H), dtype=wide)
     bias = x.new_empty((2, E, I) if wanted.bias else 0, dtype=wide)
     squares = x.new_empty((3, E, I) if wanted.squares else 0, dtype=wide)
@@ -191,6 +191,7 @@ def _backward_one(
         x_norm, dy_norm = (extended(norm).index_select(0, pairs.token) for norm in norms)
 
     def first_pass(part: Part) -> None:
+        """Everything but what only the least surprised pairs are to give, where these are not known yet."""
         g, weight = part.take(dy, "dy"), part.spread(pairs.weight)
         u = part.project(g, experts.down)
         local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
@@ -221,7 +222,7 @@ def _backward_one(
     if masked:
         kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
         h1, h3, products = (rows.index_select(0, places) for rows in (*residuals, products))
-        learnt = of_experts(now=True)
+        learnt = room(needed=wanted.experts)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
             local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(products))
             rows = _weighted(local, part.spread(kept.weight))
