@@ -41,7 +41,7 @@ from experiments.study.statistics import Point, at_equal_learning, scores
 from experiments.study.tasks import Bank
 from experiments.study.text import dense
 from experiments.workers import one_thread, processors, workers
-from onn import carve, check, data, objective, qwen3, train, weights
+from onn import carve, check, data, grain, objective, qwen3, train, tree, weights
 from onn.data import Batch, Pool
 from onn.objective import ExpertOptimizer, Granularity, Regime, StepConfig
 from onn.observe import Json
@@ -66,11 +66,19 @@ class Arm(NamedTuple):
     """Half of each batch is stored windows of the domains before."""
     joint: bool = False
     """All domains at once."""
+    paced: bool = False
+    """AdamW's rate of the experts is one of its own, as consolidation's is."""
+
+    @property
+    def grid(self) -> str:
+        """The rates that it is tried at, by name."""
+        return "paced" if self.paced else self.optimizer
 
 
 ARMS: Mapping[str, Arm] = MappingProxyType(
     {
         "adamw": Arm("everything learns by AdamW"),
+        "adamw, paced": Arm("everything learns by AdamW, experts at a rate of their own", paced=True),
         "consolidation": Arm("experts by consolidation, all else by AdamW", optimizer="consolidation"),
         "smk": Arm("AdamW, of a token's experts the 2 least surprised learn", granularity="token"),
         "replay": Arm("AdamW and 100 stored windows a domain", replay=True),
@@ -83,13 +91,14 @@ ARMS: Mapping[str, Arm] = MappingProxyType(
         "experts: replay": Arm("AdamW and replay, nothing else learns", regime="experts", replay=True),
     }
 )
-RATES: Mapping[ExpertOptimizer, Sequence[tuple[float, float]]] = MappingProxyType(
+RATES: Mapping[str, Sequence[tuple[float, float]]] = MappingProxyType(
     {
         "adamw": tuple((1.25e-4 * 2**step, 0.0) for step in range(6)),
+        "paced": tuple(product((2.5e-4, 1e-3), (0.002, 0.004, 0.008))),
         "consolidation": tuple(product((2.5e-4, 1e-3), (0.003, 0.01, 0.03))),
     }
 )
-"""AdamW's rate, and consolidation's of the experts."""
+"""AdamW's rate, and that of the experts where it is another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +158,8 @@ def settings_of(work: Work) -> StepConfig:
         density=replace(config.sparse.density, ramp_steps=0),
         consolidation=replace(config.sparse.consolidation, lr=work.key.strength),
     )
-    optim = replace(config.optim, lr=work.key.lr, warmup=0, floor=1.0, weight_decay=0.01)
+    lr = work.key.strength if arm.paced else work.key.lr
+    optim = replace(config.optim, lr=lr, warmup=0, floor=1.0, weight_decay=0.01)
     return presets.step_config(replace(config, sparse=sparse, optim=optim), phase="moe")
 
 
@@ -216,7 +226,11 @@ def _carried_out(work: Work) -> Run:
         told = choices(work.key.seed, place, arm, steps=work.steps, size=config.data.batch_size, domains=domains)
         active = []
         for choice in told:
+            before = state.model
             state, metrics = train.step(state, data.sample_batch(_windows(config), choice), (), settings)
+            if arm.paced:
+                slower = held_back(before, state.model, share=work.key.lr / work.key.strength)
+                state = state._replace(model=slower)
             assert isinstance(metrics.sparse, objective.SparseMetrics)
             active.append(float(metrics.sparse.active_share))
         table.append(_held_out(state.model, settings, work))
@@ -230,6 +244,20 @@ def _carried_out(work: Work) -> Run:
         active=sum(active) / len(active),
         series={},
     )
+
+
+def held_back(before: Model, after: Model, *, share: float) -> Model:
+    """`after`, but all that AdamW trains besides the experts goes this share of the way: its step at less of its rate.
+
+    AdamW's step is linear in its rate, weight decay included. Thresholds, which a controller moves as well, go with the
+    experts.
+    """
+    slower = tree.map2(lambda old, new: torch.lerp(old, new, share), before, after)
+    mlps = [
+        own._replace(router=own.router._replace(prototypes=part.router.prototypes))
+        for own, part in zip(objective.carved_layers(after), objective.carved_layers(slower), strict=True)
+    ]
+    return grain.with_mlps(slower, mlps)
 
 
 def _like(config: RunConfig) -> Model:
@@ -268,7 +296,7 @@ def _change(before: Model, after: Model) -> float:
 
 
 def key(name: str, rates: tuple[float, float], seed: int) -> Key:
-    """Of one run; the strength is consolidation's rate."""
+    """Of one run; the strength is a rate of the experts' own."""
     arm = ARMS[name]
     return Key(FAMILY, arm.regime, name, arm.optimizer, *rates, seed)
 
@@ -301,10 +329,7 @@ def run(options: Options) -> Path:
         weights.save(started(config), start, {})
     known = {run.key: run for run in store.load_runs(folder / store.RUNS)}
     wanted = [
-        key(name, rates, seed)
-        for name in names
-        for rates in RATES[ARMS[name].optimizer]
-        for seed in range(options.seeds)
+        key(name, rates, seed) for name in names for rates in RATES[ARMS[name].grid] for seed in range(options.seeds)
     ]
     work = [Work(what, options.steps, start, config) for what in wanted if what not in known]
     with workers(options.workers) as each:
@@ -334,23 +359,30 @@ def rates_table(runs: Sequence[Run]) -> str:
 def contrasts_table(runs: Sequence[Run]) -> str:
     """How much less every arm forgets than AdamW, at equal learning: in nats, paired by seed, intervals of 95%.
 
-    Held against AdamW where as much learns; AdamW on experts alone against AdamW on everything.
+    Held against AdamW where as much learns, consolidation also where AdamW has a rate for the experts; AdamW on experts
+    alone against AdamW on everything.
     """
     curves: dict[tuple[str, int], list[Point]] = defaultdict(list)
     for run in runs:
         found = scores(run.scores)
         curves[run.key.arm, run.key.seed].append(Point(found.learning, found.transfer))
     rows = [["arm", "less forgotten than", "at equal learning", "seeds"]]
-    for name, arm in ARMS.items():
-        other = "adamw" if name == "experts: adamw" or arm.regime == "everything" else "experts: adamw"
-        if name == other or arm.joint:
-            continue
+    for name, other in ((arm, rival) for arm in ARMS for rival in _rivals(arm)):
         pairs = [(points, curves.get((other, seed), [])) for (own, seed), points in curves.items() if own == name]
         shared = interval(at_equal_learning(*pair) for pair in pairs)
         if shared.n:
             bounds = f" ({shared.low:+.3f}, {shared.high:+.3f})" if shared.n > 1 else ""
             rows.append([name, other, f"{shared.mean:+.3f}{bounds}", str(shared.n)])
     return _aligned(rows)
+
+
+def _rivals(name: str) -> Sequence[str]:
+    arm = ARMS[name]
+    if arm.joint or name == "adamw":
+        return ()
+    if name == "experts: adamw" or arm.regime == "everything":
+        return ("adamw", "adamw, paced") if name == "consolidation" else ("adamw",)
+    return ("experts: adamw",)
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -13,7 +13,9 @@ from experiments import whole_model
 from experiments.study import store
 from experiments.study.records import Run
 from experiments.whole_model import ARMS, RATES, STORED, Options, choices, key, settings_of
-from onn import objective, optim, tree
+from onn import data, grain, objective, optim, train, tree
+from onn.qwen3 import Model, Moe
+from tests.support import assert_close, assert_same, tolerance
 
 NAMES = ("replay", "experts: consolidation")
 
@@ -59,12 +61,14 @@ def test_half_of_a_batch_of_replay_is_of_the_stored_windows_of_the_domains_befor
 @pytest.mark.parametrize("name", ARMS)
 def test_an_arm_is_what_its_step_is_told_at_rates_that_stay(name: str, tmp_path: Path) -> None:
     arm, config = ARMS[name], whole_model.configuration(small(tmp_path))
-    rates = RATES[arm.optimizer][-1]
+    rates = RATES[arm.grid][-1]
     settings = settings_of(whole_model.Work(key(name, rates, 0), 2, tmp_path, config))
     own = settings.sparse
     assert own is not None
     assert (own.optimizer, own.regime, own.granularity) == (arm.optimizer, arm.regime, arm.granularity)
-    assert (settings.optim.lr, own.consolidation.lr) == rates
+    of_experts = own.consolidation.lr if arm.optimizer == "consolidation" else settings.optim.lr
+    assert of_experts == rates[arm.grid != "adamw"]
+    assert arm.paced or settings.optim.lr == rates[0]
     for at in (0, 1, 1000):
         step = torch.tensor(at)
         peak = optim.warmup_cosine(step, peak=1.0, warmup=settings.optim.warmup, total=10, floor=settings.optim.floor)
@@ -72,9 +76,32 @@ def test_an_arm_is_what_its_step_is_told_at_rates_that_stay(name: str, tmp_path:
         assert float(objective.target_share(step, config=own.density)) == pytest.approx(0.25)
 
 
+def test_a_step_held_back_is_that_of_a_lower_rate_but_for_experts_and_thresholds(tmp_path: Path) -> None:
+    config = whole_model.configuration(small(tmp_path))
+    state = train.init_state(whole_model.started(config))
+    windows = data.sample_batch(whole_model._windows(config), told(0, 0, "adamw")[0])
+
+    def after(lr: float) -> Model:
+        work = whole_model.Work(key("adamw", (lr, 0.0), 0), 2, tmp_path, config)
+        return train.step(state, windows, (), settings_of(work))[0].model
+
+    fast, slow = after(0.004), after(0.001)
+    held = whole_model.held_back(state.model, fast, share=0.25)
+    assert_close(held, grain.with_mlps(slow, with_fast_part(slow, fast)), bound=tolerance(torch.float32, terms=1))
+    assert_same(objective.carved_layers(held)[0].experts, objective.carved_layers(fast)[0].experts)
+
+
+def with_fast_part(slow: Model, fast: Model) -> list[Moe]:
+    pairs = zip(objective.carved_layers(slow), objective.carved_layers(fast), strict=True)
+    return [
+        Moe(experts=other.experts, router=own.router._replace(thresholds=other.router.thresholds))
+        for own, other in pairs
+    ]
+
+
 def test_every_arm_is_tried_at_as_many_rates() -> None:
     assert len({len(pairs) for pairs in RATES.values()}) == 1
-    assert {arm.optimizer for arm in ARMS.values()} == set(RATES)
+    assert {arm.grid for arm in ARMS.values()} == set(RATES)
 
 
 def test_a_study_holds_every_run_and_goes_on_where_it_stopped(
@@ -116,23 +143,35 @@ def test_the_change_of_experts_is_relative(tmp_path: Path) -> None:
 
 def run_of(name: str, rate: int, seed: int, *, learnt: float, forgotten: float) -> Run:
     scores = ((-3.0, -3.0), (-learnt, -3.0), (-learnt - forgotten, -learnt))
-    return Run(key(name, RATES[ARMS[name].optimizer][rate], seed), "frontier", scores, scores, 0.1, 0.25, {})
+    return Run(key(name, RATES[ARMS[name].grid][rate], seed), "frontier", scores, scores, 0.1, 0.25, {})
+
+
+SPARED = {
+    "adamw": 0.0,
+    "adamw, paced": 0.1,
+    "consolidation": 0.3,
+    "experts: adamw": 0.05,
+    "experts: consolidation": 0.25,
+}
 
 
 def test_every_rate_is_told_and_arms_are_held_against_adamw_at_equal_learning() -> None:
     runs = [
         run_of(name, rate, seed, learnt=2.0 - 0.1 * rate, forgotten=0.1 * (rate + seed) - spared)
-        for name, spared in (("adamw", 0.0), ("experts: adamw", 0.05), ("experts: consolidation", 0.25))
+        for name, spared in SPARED.items()
         for rate in range(3)
         for seed in range(3)
     ]
     head, *rows = whole_model.rates_table(runs).splitlines()
     assert head.startswith("arm ")
-    assert len(rows) == 9
-    assert rows[0].split() == ["adamw", "0.00025", "2.050", "2.000", "0.100", "0.25"]
+    assert len(rows) == 3 * len(SPARED)
+    assert rows[0].split() == ["adamw", f"{RATES['adamw'][0][0]:g}", "2.050", "2.000", "0.100", "0.25"]
     found = [line.split("  ") for line in whole_model.contrasts_table(runs).splitlines()[1:]]
     told = [[cell.strip() for cell in line if cell.strip()] for line in found]
     assert told == [
+        ["adamw, paced", "adamw", "+0.100 (+0.100, +0.100)", "3"],
+        ["consolidation", "adamw", "+0.300 (+0.300, +0.300)", "3"],
+        ["consolidation", "adamw, paced", "+0.200 (+0.200, +0.200)", "3"],
         ["experts: adamw", "adamw", "+0.050 (+0.050, +0.050)", "3"],
         ["experts: consolidation", "experts: adamw", "+0.200 (+0.200, +0.200)", "3"],
     ]
