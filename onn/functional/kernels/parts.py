@@ -29,7 +29,7 @@ class Tiling(NamedTuple):
 
 
 IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
-"""What was fastest on a CPU of 2 cores with 2 MiB of second-level cache each, where all rows are gathered."""
+"""What was fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each, where all rows are gathered."""
 
 
 def default_tiling(*, width: int, dtype: torch.dtype) -> Tiling:
@@ -260,8 +260,10 @@ class Ragged(NamedTuple):
 
     def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
         """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
-        for rows, matrix in products:
-            into.index_add_(0, self.tokens, self._by_expert(rows, matrix).to(into.dtype))
+        sent, *others = (self._by_expert(rows, matrix) for rows, matrix in products)
+        for other in others:
+            sent += other
+        into.index_add_(0, self.tokens, sent.to(into.dtype))
 
     def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
         """Sums of the outer products of [R, I] and [R, H] by expert."""
