@@ -18,7 +18,7 @@ from onn.region import Kind, Region, inline
 from onn.tree import Flat
 
 GRAPHS = 64
-"""Of all compiled functions under one transform; torch's own limit is 8."""
+"""Of one code object at most; torch's own limit is 8."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,11 +27,11 @@ R = TypeVar("R")
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
     """The function as one compiled graph of static shapes, or itself on a CPU without a C++ compiler.
 
-    All wrappers of `torch.func` share one code object, and torch counts their graphs together: its limit is raised.
+    All wrappers of `torch.func` share one code object, and torch counts their graphs together.
     """
     if not _can_compile():
         return function
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    _raise_limit()
     result: Callable[P, R] = torch.compile(function, fullgraph=True, dynamic=False)
     return result
 
@@ -40,10 +40,12 @@ def by_region(backend: str = "inductor") -> Region:
     """Every part of a step compiled by itself, or as it is on a CPU without a C++ compiler.
 
     Only for the engine `autograd`: torch cannot enter a compiled function under `torch.func`. The optimizer's part is
-    compiled for matrices of any size, all others for the sizes that they meet.
+    compiled for matrices of any size, all others for the sizes that they meet; a process may hold the graphs of several
+    models.
     """
     if not _can_compile():
         return inline
+    _raise_limit()
 
     def region(function: Callable[P, R], *, kind: Kind) -> Callable[P, R]:
         return _region(function, kind, backend)
@@ -67,6 +69,10 @@ def _region(function: Callable[P, R], kind: Kind, backend: str) -> Callable[P, R
         return call.result(call([leaf.contiguous().data for leaf in call.inputs]))
 
     return by_sizes_alone
+
+
+def _raise_limit() -> None:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
 
 
 @cache

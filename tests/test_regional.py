@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from experiments import compiling
@@ -45,6 +46,16 @@ def graphs(layers: int) -> int:
 def test_more_layers_need_no_more_graphs() -> None:
     assert graphs(1) == 7
     assert graphs(4) == 0
+
+
+def test_a_process_may_hold_the_graphs_of_many_models() -> None:
+    def doubled(x: Tensor) -> Tensor:
+        return 2 * x
+
+    with torch._dynamo.config.patch(recompile_limit=8):
+        part = compiling.by_region("eager")(doubled, kind="layer")
+        for size in range(1, 12):
+            assert_same(part(torch.ones(size)), torch.full((size,), 2.0))
 
 
 def test_a_step_by_regions_is_the_eager_one_repeats_its_bits_and_never_compiles_again() -> None:
