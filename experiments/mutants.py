@@ -119,7 +119,21 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
             "onn/functional/kernels/parts.py",
             "tokens=pairs.token.index_select(0, own)",
             "tokens=pairs.token.index_select(0, own.clamp(max=start))",
-            ("backends",),
+            ("backends", "parts"),
+        ),
+        "nobodys_rows_kept": Mutation(
+            "rows that fill up a batch of experts are put where all read: a NaN spreads",
+            "onn/functional/kernels/parts.py",
+            "            into[-1] = 0\n",
+            "",
+            ("parts", "backends"),
+        ),
+        "unguarded_rows": Mutation(
+            "an expert that is not finite reaches tokens that did not choose it, 0 times NaN, where it computes all",
+            "onn/functional/kernels/parts.py",
+            "rows if bool(rows.sum().isfinite()) else torch.where(weight != 0, rows, 0)",
+            "rows",
+            ("parts", "backends"),
         ),
         "surprise_of_pairs_without_weight": Mutation(
             "a dropped factor where only active pairs are computed",

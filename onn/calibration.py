@@ -18,7 +18,7 @@ from onn.observe import Json, decode, write_json
 from onn.tree import value_and_grad
 
 ENTRIES = (2**19, 2**20, 2**21, 2**22)
-DENSITIES = (0.25, 0.4, 0.55, 0.7, 0.85)
+DENSITIES = (0.125, 0.25, 0.4, 0.55, 0.7, 0.85)
 NEVER = 2.0
 """More than all tokens."""
 
@@ -106,7 +106,7 @@ def calibrate(*, num_experts: int, width: int, hidden: int, tokens: int, dtype: 
         medians = [statistics.median(column[1:]) for column in seconds]
         return tilings[medians.index(min(medians))]
 
-    entries = fastest(DENSITIES[0], *(F.Tiling(size, NEVER) for size in ENTRIES)).entries
+    entries = fastest(0.25, *(F.Tiling(size, NEVER) for size in ENTRIES)).entries
     for density in DENSITIES:
         if fastest(density, F.Tiling(entries, 0.0), F.Tiling(entries, NEVER)).whole_from == 0:
             return F.Tiling(entries, density)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from onn import check
 from onn.functional.experts import Backend
-from onn.functional.kernels.parts import Tiling
+from onn.functional.kernels.tilings import Tiling
 
 
 def tiling_name(tiling: Tiling) -> str:

@@ -88,6 +88,9 @@ def make_case(
     )
 
 
+TILINGS = st.builds(F.Tiling, st.integers(0, 60), st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]))
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64) -> Case:
     """Banks of every small size: one token, one expert and one neuron included, from no active expert to all."""

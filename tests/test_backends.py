@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import tree
-from onn.functional.kernels.parts import Padded, Pairs, Ragged, Tiling, Whole, active_pairs, kept_pairs, parts
+from onn.functional.kernels.tilings import Tiling
 from tests.support import (
     BOUND,
+    TILINGS,
     Case,
     Inputs,
     assert_close,
@@ -42,7 +43,6 @@ TAPS: tuple[F.TapName, ...] = (*UNMASKED, "bias")
 SPARSE: tuple[Chosen, ...] = ("grouped", "loop", Tiling(12, 0.5), Tiling(40, 2.0), Tiling(1000, 0.0), Tiling(1, 9.0))
 BACKENDS: tuple[Chosen, ...] = (*get_args(F.Backend), *SPARSE[2:])
 ENGINES: tuple[tree.Engine, ...] = get_args(tree.Engine)
-TILINGS = st.builds(Tiling, st.integers(0, 60), st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]))
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 sparse = pytest.mark.parametrize("backend", SPARSE, ids=str)
@@ -330,10 +330,17 @@ def test_the_same_call_gives_the_same_bits(backend: F.Backend, dtype: torch.dtyp
     assert_same(once, again)
 
 
+def by_expert(gradient: Inputs) -> list[Tensor]:
+    """All that is summed over the tokens of an expert, [E, ...] each."""
+    sums = (value.movedim(-2, 0) for name, value in gradient.taps.items() if name != "surprise")
+    return [*gradient.experts, *sums]
+
+
 @pytest.mark.parametrize(("backend", "min_k"), [(Tiling(1000, 2.0), 4), (Tiling(1000, 2.0), 1), ("dense", 1)], ids=str)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 def test_rows_that_fill_up_a_part_bring_nothing_of_another_token(backend: Chosen, min_k: int, poison: float) -> None:
     """Of four experts in one part the first alone has the first and the last token, and the second has none."""
+    taps: tuple[F.TapName, ...] = TAPS if backend != "dense" else ()
     case = make_case(3, T=9, H=4, E=4, I=3, density=1.0)
     first = torch.tensor([0, 8])
     counts = torch.tensor([9, 0, 3, 5])
@@ -342,53 +349,8 @@ def test_rows_that_fill_up_a_part_bring_nothing_of_another_token(backend: Chosen
     held[:, 0] = True
     case = case._replace(weights=torch.where(held, case.weights, 0))
     bad = case._replace(**{name: getattr(case, name).index_fill(0, first, poison) for name in ("x", "dy")})
-    got, expected = (differentiate(each, min_k=min_k, backend=backend).experts for each in (bad, case))
-    assert not any(bool(leaf[0].isfinite().all()) for leaf in got)
-    assert_same(tree.map1(lambda leaf: leaf[1], got), tree.map1(lambda leaf: torch.zeros_like(leaf[1]), got))
-    assert_same(tree.map1(lambda leaf: leaf[2:], got), tree.map1(lambda leaf: leaf[2:], expected))
-
-
-@st.composite
-def routed(draw: st.DrawFn) -> Tensor:
-    T, E = draw(st.integers(0, 12)), draw(st.integers(1, 9))
-    density = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    source = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    return torch.rand(T, E, generator=source) * (torch.rand(T, E, generator=source) < density)
-
-
-@given(routed(), TILINGS)
-def test_parts_hold_every_expert_and_every_pair_once(weights: Tensor, tiling: Tiling) -> None:
-    (T, E), pairs = weights.shape, active_pairs(weights)
-    seen = torch.zeros(pairs.number + 1, 1)
-    experts: list[int] = []
-    for part in parts(pairs, tokens=T, width=2, hidden=3, tiling=tiling):
-        rows = part.spread(torch.ones(pairs.number + 1, 1).index_fill(0, torch.tensor(pairs.number), 0))
-        into = torch.zeros_like(seen)
-        part.put(rows, into)
-        seen[:-1] += into[:-1]
-        match part:
-            case Padded(experts=own, rows=rows_each):
-                size = own.stop - own.start
-                assert size == 1 or size * rows_each * 3 <= max(tiling.entries, 3)
-                experts += range(own.start, own.stop)
-            case Whole(experts=own):
-                assert all(count >= tiling.whole_from * T for count in pairs.counts[own])
-                experts += range(own.start, own.stop)
-            case Ragged():
-                experts += range(E)
-    assert experts == list(range(E))
-    assert_same(seen[:-1], torch.ones(pairs.number, 1))
-
-
-@given(routed(), st.integers(0, 2**20))
-def test_kept_pairs_are_the_active_pairs_of_the_kept_weights(weights: Tensor, seed: int) -> None:
-    pairs = active_pairs(weights)
-    keep = torch.rand(pairs.number, generator=torch.Generator().manual_seed(seed)) < 0.5
-    kept, places = kept_pairs(pairs, keep)
-    mask = torch.zeros_like(weights, dtype=torch.bool)
-    mask[pairs.token[:-1], pairs.expert[:-1]] = keep
-    expected = active_pairs(torch.where(mask, weights, 0))
-    assert_same(cast("tuple[Tensor, ...]", kept[:3]), cast("tuple[Tensor, ...]", expected[:3]))
-    assert kept.counts == expected.counts
-    assert_same(pairs.token.index_select(0, places), kept.token)
-    assert isinstance(kept, Pairs)
+    got, clean = (by_expert(differentiate(each, min_k=min_k, taps=taps, backend=backend)) for each in (bad, case))
+    for mine, plain in zip(got, clean, strict=True):
+        assert not mine[0].isfinite().all()
+        assert_same(mine[1], torch.zeros_like(mine[1]))
+        assert_same(mine[2:], plain[2:])

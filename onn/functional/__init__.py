@@ -51,7 +51,7 @@ from onn.functional.integrity import (
 from onn.functional.integrity import (
     token_entropy as token_entropy,
 )
-from onn.functional.kernels.parts import (
+from onn.functional.kernels.tilings import (
     Tiling as Tiling,
 )
 from onn.functional.lifecycle import (

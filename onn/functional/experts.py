@@ -25,8 +25,8 @@ from onn.functional.kernels.dense import (
 )
 from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
-from onn.functional.kernels.parts import Tiling, default_tiling
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
+from onn.functional.kernels.tilings import Tiling, default_tiling
 from onn.functional.surprise import parameter_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 

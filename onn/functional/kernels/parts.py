@@ -16,27 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from onn.functional.kernels.tilings import Tiling
+
 Span: TypeAlias = "slice[int, int, int]"
-
-
-class Tiling(NamedTuple):
-    """How a bank is cut into parts; numbers that only speed depends on."""
-
-    entries: int
-    """Of the gathered rows [G, N, H] of a part, at most: what stays in a cache. 0 takes all experts at once."""
-    whole_from: float
-    """Share of the tokens from which an expert computes all of them, which saves the gather."""
-
-
-IN_CACHE = Tiling(entries=2**21, whole_from=torch.inf)
-"""What was fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each, where all rows are gathered."""
-
-
-def default_tiling(*, width: int, dtype: torch.dtype) -> Tiling:
-    """What was fastest there for experts of this width I: the shorter a row, the sooner gathering costs more."""
-    if width > 32:
-        return Tiling(IN_CACHE.entries, whole_from=0.75)
-    return Tiling(entries=2**20, whole_from=0.2 if width * dtype.itemsize <= 64 else 0.4)
 
 
 class Pairs(NamedTuple):
@@ -147,12 +129,17 @@ class Padded(NamedTuple):
         return rows.view(*self._shape, values.shape[1])
 
     def put(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `spread`."""
+        """The inverse of `spread`; nobody's stay 0."""
         flat = rows.flatten(0, 1)
         if self.filling is None:
             into[self.pairs] = flat
         else:
             into.index_copy_(0, self.filling.places, flat)
+            into[-1] = 0
+
+    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[G, N, I], made of `spread` rows and 0 where filled up as it is."""
+        return rows
 
     def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """`matrix_e rows`: [G, N, H] to [G, N, I]."""
@@ -173,12 +160,16 @@ class Padded(NamedTuple):
     def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
         """Sums of the outer products of [G, N, I], 0 where filled up, and [G, N, H]: the part's rows of `out`."""
         torch.bmm(rows.mT, sources, out=out[self.experts])
-        for expert in self.filling.without if self.filling is not None else ():
-            out[expert] = 0
+        self._clear(out)
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [G, N, I] over the rows of each expert: the part's rows of `out` [E, I]."""
         torch.sum(rows, dim=1, out=out[self.experts])
+        self._clear(out)
+
+    def _clear(self, out: Tensor) -> None:
+        for expert in self.filling.without if self.filling is not None else ():
+            out[expert] = 0
 
 
 class Whole(NamedTuple):
@@ -207,6 +198,13 @@ class Whole(NamedTuple):
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `spread`."""
         into[self.pairs] = rows.flatten(0, 1).index_select(0, self.places)
+
+    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[T, G, I], which are 0 times something where there is no pair: 0, also if that was not finite.
+
+        A sum tells whether anything was not: a tenth of the price of choosing row by row.
+        """
+        return rows if bool(rows.sum().isfinite()) else torch.where(weight != 0, rows, 0)
 
     def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """[T, H] to [T, G, I]."""
@@ -253,6 +251,10 @@ class Ragged(NamedTuple):
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `spread`."""
         into[:-1] = rows
+
+    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[R, I], of pairs alone."""
+        return rows
 
     def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """[R, H] to [R, I]."""
@@ -323,12 +325,12 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         yield Ragged(tokens=pairs.token[:-1], owners=pairs.expert[:-1], ends=tuple(ends))
         return
     space = Workspace()
-    rows = max(1, tiling.entries // hidden)
+    rows, wide = max(1, tiling.entries // hidden), max(1, 2 * tiling.entries // max(tokens * width, 1))
     first = start = 0
     while first < len(pairs.counts):
         whole = pairs.counts[first] > 0 and pairs.counts[first] >= tiling.whole_from * tokens
         if whole:
-            size = _like(pairs.counts[first:], tiling.whole_from * tokens, max(1, tiling.entries // (tokens * width)))
+            size = _like(pairs.counts[first:], tiling.whole_from * tokens, wide)
         else:
             size = _similar(pairs.counts[first:], rows, tiling.whole_from * tokens)
         experts, last = slice(first, first + size), start + sum(pairs.counts[first : first + size])

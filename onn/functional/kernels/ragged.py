@@ -17,7 +17,8 @@ from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
-from onn.functional.kernels.parts import Pairs, Part, Tiling, active_pairs, extended, kept_pairs, parts
+from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs, parts
+from onn.functional.kernels.tilings import Tiling
 from onn.functional.surprise import min_k_mask, weight_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
@@ -115,8 +116,7 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
         gated, raised = part.project(rows, experts.gate), part.project(rows, experts.up)
         part.put(gated, h1)
         part.put(raised, h3)
-        weight = part.spread(pairs.weight)
-        part.send((torch.where(weight != 0, silu(gated) * raised * weight, 0), experts.down), into=y)
+        part.send((_weighted(part, silu(gated) * raised, part.spread(pairs.weight)), experts.down), into=y)
     return y[:T].to(x.dtype), h1, h3
 
 
@@ -127,10 +127,13 @@ def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> 
     return rows
 
 
-def _weighted(local: Local, weights: Tensor) -> Local:
-    """Times the combine weights; what is not active drops out, finite or not."""
-    active = weights != 0
-    return Local(*(torch.where(active, rows * weights, 0) for rows in local))
+def _weighted(part: Part, rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows [..., I] times combine weights [..., 1], 0 where nobody is.
+
+    Rows shorter than a vector register would be multiplied number by number.
+    """
+    short = rows.shape[-1] * rows.element_size() < 64
+    return part.guarded(rows * (weight.expand_as(rows).contiguous() if short else weight), weight)
 
 
 def _backward(
@@ -202,17 +205,18 @@ def _backward_one(
         if wanted.squares:
             met = matrix_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
             for square, total in zip(met, squares, strict=True):
-                part.total(torch.where(weight != 0, square, 0), total)
-        rows = _weighted(local, weight)
+                part.total(part.guarded(square, weight), total)
+        c1, c3 = (_weighted(part, rows, weight) for rows in (local.c1, local.c3))
         if masked:
             part.put(u, products)
         else:
             if wanted.experts:
+                rows = Local(c1, c3, _weighted(part, local.a, weight))
                 _learn(part, rows, part.take(x, "x"), g, learnt)
             if wanted.bias:
-                _learn_bias(part, rows, bias)
+                _learn_bias(part, c1, c3, bias)
         if wanted.x:
-            part.send((rows.c1, experts.gate), (rows.c3, experts.up), into=dx)
+            part.send((c1, experts.gate), (c3, experts.up), into=dx)
 
     for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
         first_pass(part)
@@ -225,11 +229,12 @@ def _backward_one(
         learnt = room(needed=wanted.experts)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
             local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(products))
-            rows = _weighted(local, part.spread(kept.weight))
+            weight = part.spread(kept.weight)
+            rows = Local(*(_weighted(part, one, weight) for one in local))
             if wanted.experts:
                 _learn(part, rows, part.take(x, "x"), part.take(dy, "dy"), learnt)
             if wanted.bias:
-                _learn_bias(part, rows, bias)
+                _learn_bias(part, rows.c1, rows.c3, bias)
 
     def by_token(values: Tensor) -> Tensor:
         return values.new_zeros(weights.shape).index_put((pairs.token[:-1], pairs.expert[:-1]), values)
@@ -250,9 +255,9 @@ def _learn(part: Part, rows: Local, x: Tensor, dy: Tensor, learnt: Experts) -> N
     part.outer(rows.a, dy, learnt.down)
 
 
-def _learn_bias(part: Part, rows: Local, bias: Tensor) -> None:
-    part.total(rows.c1, bias[0])
-    part.total(rows.c3, bias[1])
+def _learn_bias(part: Part, c1: Tensor, c3: Tensor, bias: Tensor) -> None:
+    part.total(c1, bias[0])
+    part.total(c3, bias[1])
 
 
 def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, *, min_k: int) -> Tensor:

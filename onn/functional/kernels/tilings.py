@@ -1,0 +1,39 @@
+"""How a bank is cut into parts; numbers that only speed depends on."""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+
+
+class Tiling(NamedTuple):
+    """Sizes of the parts."""
+
+    entries: int
+    """Of the gathered rows [G, N, H] of a part, at most: what stays in a cache; half as many as of the activations
+    [T, G, I] where nothing is gathered. 0 takes all experts at once.
+    """
+    whole_from: float
+    """Share of the tokens from which an expert computes all of them, which saves the gather."""
+
+
+_IN_CACHE: Final = 2**22
+"""Bytes of gathered rows that were fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each."""
+_capabilities: Final = getattr(torch.cpu, "get_capabilities", None)
+_AMX: Final = _capabilities is not None and bool(_capabilities().get("amx_bf16", False))
+"""This CPU multiplies tiles of bfloat16; torch of before 2.15 does not tell."""
+
+
+def gathering(dtype: torch.dtype) -> Tiling:
+    """What was fastest there where all rows are gathered."""
+    return Tiling(_IN_CACHE // dtype.itemsize, whole_from=torch.inf)
+
+
+def default_tiling(*, width: int, dtype: torch.dtype) -> Tiling:
+    """What was fastest there for experts of this width I.
+
+    The shorter a row and the faster the products, the sooner gathering costs more than computing all tokens.
+    """
+    amx = _AMX and dtype == torch.bfloat16
+    return gathering(dtype)._replace(whole_from=0.04 + width / 300 if amx else min(0.02 + width / 80, 0.58))
