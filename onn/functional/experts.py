@@ -372,7 +372,8 @@ def _tiling(backend: Backend | Tiling, experts: Experts, *, tokens: int, taps: M
         return backend
     if backend == "grouped" or (backend == "auto" and experts.gate.is_cuda):
         return Tiling(entries=0, whole_from=math.inf)
-    return default_tiling(width=experts.gate.shape[1], dtype=experts.gate.dtype)
+    _, width, hidden = experts.gate.shape
+    return default_tiling(width=width, hidden=hidden, dtype=experts.gate.dtype)
 
 
 def _dense_is_faster(experts: Experts, *, tokens: int) -> bool:

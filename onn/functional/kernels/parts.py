@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -326,13 +326,11 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         return
     space = Workspace()
     rows, wide = max(1, tiling.entries // hidden), max(1, 2 * tiling.entries // max(tokens * width, 1))
+    least = tiling.whole_from * tokens
     first = start = 0
     while first < len(pairs.counts):
-        whole = pairs.counts[first] > 0 and pairs.counts[first] >= tiling.whole_from * tokens
-        if whole:
-            size = _like(pairs.counts[first:], tiling.whole_from * tokens, wide)
-        else:
-            size = _similar(pairs.counts[first:], rows, tiling.whole_from * tokens)
+        whole = pairs.counts[first] > 0 and pairs.counts[first] >= least
+        size = _like(pairs.counts[first:], least, wide) if whole else _similar(pairs.counts[first:], rows, least)
         experts, last = slice(first, first + size), start + sum(pairs.counts[first : first + size])
         if whole:
             inside = slice(start, last)
@@ -343,10 +341,14 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         first, start = first + size, last
 
 
+_SLACK: Final = 0.75
+"""A part takes in experts that alone would fall just beyond its kind: parts of one expert each cost more."""
+
+
 def _like(counts: Sequence[int], least: float, most: int) -> int:
-    """How many of the first experts have `least` pairs or more, `most` at most."""
+    """How many of the first experts have about `least` pairs or more, `most` at most."""
     size = 1
-    while size < min(most, len(counts)) and counts[size] >= least:
+    while size < min(most, len(counts)) and counts[size] >= _SLACK * least:
         size += 1
     return size
 
@@ -357,7 +359,7 @@ def _similar(counts: Sequence[int], rows: int, below: float) -> int:
     for count in counts[1:]:
         largest, total = max(largest, count), total + count
         filled = (size + 1) * largest
-        if filled > rows or filled > 1.4 * total + 256 or (count > 0 and count >= below):
+        if filled > rows or filled > 1.4 * total + 256 or (count > 0 and _SLACK * count >= below):
             break
         size += 1
     return size

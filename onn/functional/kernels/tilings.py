@@ -15,7 +15,9 @@ class Tiling(NamedTuple):
     [T, G, I] where nothing is gathered. 0 takes all experts at once.
     """
     whole_from: float
-    """Share of the tokens from which an expert computes all of them, which saves the gather."""
+    """Share of the tokens from which an expert computes all of them, which saves the gather; about that share its
+    neighbours decide.
+    """
 
 
 _IN_CACHE: Final = 2**22
@@ -30,10 +32,13 @@ def gathering(dtype: torch.dtype) -> Tiling:
     return Tiling(_IN_CACHE // dtype.itemsize, whole_from=torch.inf)
 
 
-def default_tiling(*, width: int, dtype: torch.dtype) -> Tiling:
-    """What was fastest there for experts of this width I.
+def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
+    """What was fastest there for experts [width, hidden].
 
-    The shorter a row and the faster the products, the sooner gathering costs more than computing all tokens.
+    Gathering moves rows of `hidden`; computing all tokens spends products of `width * hidden` and element-wise work of
+    `width`. So the share from which the latter is faster falls with the speed of products and rises with `width`, and
+    where products are as fast as with AMX it rises for small `hidden`.
     """
-    amx = _AMX and dtype == torch.bfloat16
-    return gathering(dtype)._replace(whole_from=0.04 + width / 300 if amx else min(0.02 + width / 80, 0.58))
+    fast = _AMX and dtype == torch.bfloat16
+    share = (0.03 + width / 400) * (1 + 350 / hidden) if fast else 0.02 + width / 80
+    return gathering(dtype)._replace(whole_from=min(share, 0.58))
