@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from onn.functional.kernels.parts import Pairs, extended, parts, takes_grouped
-from onn.functional.kernels.tilings import gathering
+from onn.functional.kernels.tilings import GATHERING
 
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
@@ -43,7 +43,7 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     )
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
     owned = extended(rows[:last])
-    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=gathering(x.dtype)):
+    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=GATHERING):
         part.outer(part.spread(owned), part.take(x, "x"), out)
     return out
 

@@ -20,16 +20,11 @@ class Tiling(NamedTuple):
     """
 
 
-_IN_CACHE: Final = 2**22
-"""Bytes of gathered rows that were fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each."""
+GATHERING: Final = Tiling(entries=2**21, whole_from=torch.inf)
+"""What was fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each, where all rows are gathered."""
 _capabilities: Final = getattr(torch.cpu, "get_capabilities", None)
 _AMX: Final = _capabilities is not None and bool(_capabilities().get("amx_bf16", False))
 """This CPU multiplies tiles of bfloat16; torch of before 2.15 does not tell."""
-
-
-def gathering(dtype: torch.dtype) -> Tiling:
-    """What was fastest there where all rows are gathered."""
-    return Tiling(_IN_CACHE // dtype.itemsize, whole_from=torch.inf)
 
 
 def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
@@ -41,4 +36,5 @@ def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
     """
     fast = _AMX and dtype == torch.bfloat16
     share = (0.03 + width / 400) * (1 + 350 / hidden) if fast else 0.02 + width / 80
-    return gathering(dtype)._replace(whole_from=min(share, 0.58))
+    entries = 2**20 if width <= 32 and dtype.itemsize > 2 else GATHERING.entries
+    return Tiling(entries, whole_from=min(share, 0.58))
