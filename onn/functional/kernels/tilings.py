@@ -34,7 +34,12 @@ def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
     `width`. So the share from which the latter is faster falls with the speed of products and rises with `width`, and
     where products are as fast as with AMX it rises for small `hidden`.
     """
-    fast = _AMX and dtype == torch.bfloat16
-    share = (0.03 + width / 400) * (1 + 350 / hidden) if fast else 0.02 + width / 80
-    entries = 2**20 if width <= 32 and dtype.itemsize > 2 else GATHERING.entries
-    return Tiling(entries, whole_from=min(share, 0.58))
+    narrow = dtype.itemsize <= 2
+    if _AMX and dtype == torch.bfloat16:
+        share = (0.03 + width / 400) * (1 + 350 / hidden)
+    elif narrow:
+        share = 0.15 + width / 120
+    else:
+        share = min(0.02 + width / 80, 0.55)
+    entries = GATHERING.entries if narrow or width > 32 else 2**20
+    return Tiling(entries, whole_from=min(share, 0.66))
