@@ -12,6 +12,7 @@ on two CPU cores, `experts` about 20. Every suite prints its rows and whether it
 - `scaling`: the exponent of the cost is at most 1.05 in T and 0.3 in E.
 - `step`: a training step of a carved model, a quarter active, takes no longer than the dense one (`bench_step.py`).
 
+The process keeps what it frees, so that no variant waits for the kernel to map and clear memory.
 `experiments/LOG.md` has the figures of the last measurement; `bench_figures.py` draws several runs as one picture.
 """
 
@@ -33,6 +34,7 @@ from experiments.bench_step import step_suite
 from experiments.bench_surprise import memory_suite, smk_suite, surprise_suite
 from experiments.command import exit_status
 from experiments.measure import Row, report
+from experiments.memory import keep_freed_memory
 
 SUITES: Mapping[Suite, Callable[[Options], list[Row]]] = MappingProxyType(
     {
@@ -48,6 +50,7 @@ SUITES: Mapping[Suite, Callable[[Options], list[Row]]] = MappingProxyType(
 
 def main(options: Options) -> list[Row]:
     """Measure a suite, print its rows and what they say of the goals, and write them where that was asked for."""
+    keep_freed_memory()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         rows = report(SUITES[options.suite](options), options.json)

@@ -149,6 +149,13 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
             "filled, min_k=columns.shape[1])[place]",
             ("numerics",),
         ),
+        "kept_pairs_counted_over_all": Mutation(
+            "pairs that learn under SMK take the activations of others",
+            "onn/functional/kernels/parts.py",
+            "values.index_select(0, among[pairs])",
+            "values[: len(among)][pairs]",
+            ("smk", "backends"),
+        ),
         "masked_pairs_in_biases": Mutation(
             "the gradient of biases over all pairs instead of those that learn",
             "onn/functional/kernels/dense.py",
@@ -208,7 +215,7 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         "share_of_the_rest": Mutation(
             "a controller that opens the share it should close",
             _ROUTING,
-            "rank = ((1 - target) * distance.numel())",
+            "rank = ((1 - target.to(reduction_dtype(target.dtype))) * distance.numel())",
             "rank = (target * distance.numel())",
             ("routing",),
         ),

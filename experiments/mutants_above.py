@@ -44,6 +44,13 @@ ABOVE: Mapping[str, Mutation] = MappingProxyType(
             "lambda g, own: g",
             ("train",),
         ),
+        "underflown_preferred": Mutation(
+            "a router learns to prefer an expert whose weight has become 0, and with it its surprise",
+            "onn/lessons.py",
+            "routing.active & (routing.weights != 0)",
+            "routing.active",
+            ("train",),
+        ),
         "masked_experts_step": Mutation(
             "unmasked optimizer state: experts without a gradient take part in the step",
             "onn/grain.py",

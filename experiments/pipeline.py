@@ -18,7 +18,7 @@ from experiments.evaluate import Evaluation, evaluate, generate, parameter_count
 from experiments.facts import facts
 from experiments.journal import Journal, reborn_experts
 from experiments.keeping import METRICS, Generators, Keeper, Phase, Position, any_config
-from experiments.memory import Meter, return_large_blocks
+from experiments.memory import Meter, keep_freed_memory, return_large_blocks
 from experiments.page import write_page
 from experiments.page_data import write_experts
 from experiments.presets import RunConfig
@@ -135,6 +135,8 @@ def _require_new(folder: Path) -> None:
 def _prepared(config: RunConfig, meter: Meter) -> Source:
     if config.checkpoint.name:
         return_large_blocks()
+    else:
+        keep_freed_memory()
     with meter.part("prepare"):
         source = prepare(config)
         data.check_vocabulary(source.corpus, vocab_size=config.model.vocab_size)

@@ -67,6 +67,8 @@ def figures(
 ) -> dict[str, Json]:
     """What `summary.json` says of the models."""
     before, after = final.dead()
+    if config.sparse.moe.route == "top_k":
+        before = after
     series = [value for record in records if (value := observe.number(record, "pi")) is not None]
     integral = F.integrity_integral(torch.tensor(series), delta=config.integrity.delta) if series else None
     return {

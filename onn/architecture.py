@@ -109,10 +109,13 @@ class MoeConfig:
 
     def __post_init__(self) -> None:
         """Refuse what is not a Hyper-SMoE."""
-        check.at_least("MoeConfig", "num_experts", self.num_experts, MIN_EXPERTS)
+        check.whole("MoeConfig", "num_experts", self.num_experts, MIN_EXPERTS, LARGEST_SIZE)
         for name in ("min_k", "fallback_k", "top_k"):
-            check.between("MoeConfig", name, getattr(self, name), 1, self.num_experts)
-        check.one_of("MoeConfig", "route", self.route, get_args(Route))
+            check.whole("MoeConfig", name, getattr(self, name), 1, self.num_experts)
+        for name, known in (("route", Route), ("squash", Squash), ("combine", Combine)):
+            check.one_of("MoeConfig", name, getattr(self, name), get_args(known))
+        check.instance("MoeConfig", "normalise", self.normalise, bool)
+        check.positive("MoeConfig", "cosine_eps", self.cosine_eps)
         backend_of(self.backend)
 
 

@@ -46,7 +46,8 @@ def router_objective(
     values = taps[name].detach()
     if teach.target == "normalised":
         values = F.normalised_surprise(values, routing.weights.detach())
-    candidates = torch.ones_like(routing.active) if teach.target == "counterfactual" else routing.active
+    active = routing.active & (routing.weights != 0)
+    candidates = torch.ones_like(active) if teach.target == "counterfactual" else active
     counted = candidates & torch.isfinite(values) & (values > 0).any(dim=-1, keepdim=True)
     typical = torch.where(counted, values, 0).sum() / counted.sum().clamp_min(1)
     relative = values / torch.where(typical > 0, typical, 1)

@@ -108,14 +108,15 @@ def distillation_loss(logits: Tensor, soft: Tensor, *, temperature: float) -> Te
         temperature: positive.
 
     Returns:
-        [T]; 0 where the two differ by a constant.
+        [T], float32 (float64 for float64 logits); 0 where the two differ by a constant.
 
     References:
         Hinton, Vinyals and Dean, 1503.02531.
     """
     check.shapes("distillation_loss", ("logits", logits, "float T V"), ("soft", soft, "float T V"))
     check.positive("distillation_loss", "temperature", temperature)
-    student, teacher = (log_softmax(scores / temperature, dim=-1) for scores in (logits, soft))
+    widened = (scores.to(F.reduction_dtype(scores.dtype)) for scores in (logits, soft))
+    student, teacher = (log_softmax(scores / temperature, dim=-1) for scores in widened)
     return temperature**2 * kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import ParamSpec, TypeVar, get_args
 
 import torch
@@ -26,6 +28,8 @@ class _Call:
 
     run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
     engine: Engine
+    mode: Callable[[], AbstractContextManager[object]]
+    """The autocast under which it was called."""
 
 
 class _Context(torch.autograd.function.FunctionCtx):
@@ -76,7 +80,8 @@ class _Again(torch.autograd.Function):
     def forward(call: _Call, needed: tuple[bool, ...], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         def run(*varied: Tensor) -> Tensor:
             own = iter(varied)
-            return call.run([next(own) if need else given for given, need in zip(inputs, needed, strict=True)])[0]
+            with call.mode():
+                return call.run([next(own) if need else given for given, need in zip(inputs, needed, strict=True)])[0]
 
         varied = (given for given, need in zip(inputs, needed, strict=True) if need)
         found: tuple[Tensor, ...] = torch.func.vjp(run, *varied)[1](dy)
@@ -92,11 +97,20 @@ class _Again(torch.autograd.Function):
 
 
 def _gradients(call: _Call, needed: tuple[bool, ...], dy: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
+    with torch.enable_grad(), call.mode():
         again = [given.detach().requires_grad_(need) for given, need in zip(inputs, needed, strict=True)]
         value = call.run(again)[0]
     varied = [given for given, need in zip(again, needed, strict=True) if need]
     return torch.autograd.grad(value, varied, dy, allow_unused=True, materialize_grads=True)
+
+
+def _autocast_of(inputs: Sequence[Tensor]) -> Callable[[], AbstractContextManager[object]]:
+    """Enters once more the autocast, or its absence, that there is now on the device of the inputs."""
+    kind = inputs[0].device.type if inputs else "cpu"
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=torch.is_autocast_cache_enabled())
 
 
 def _results(run: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -131,7 +145,8 @@ def recomputed(function: Callable[P, R], *, engine: Engine) -> Callable[P, R]:
         if torch.compiler.is_compiling():
             value, *others = _results(call, call.inputs)
             return call.result([value, *map(Tensor.detach, others)])
-        return call.result(_Recomputed.apply(_Call(run=call, engine=engine), *call.inputs))
+        mode = _autocast_of(call.inputs)
+        return call.result(_Recomputed.apply(_Call(run=call, engine=engine, mode=mode), *call.inputs))
 
     return run
 

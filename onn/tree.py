@@ -269,7 +269,8 @@ def value_and_grad(
 
     Raises:
         ValueError: no function, or an unknown engine; when called, a leaf or value that is not floating, a value that
-            is no scalar, or an auxiliary tree that is none.
+            is no scalar, or an auxiliary tree that is none; or `autograd` inside `torch.inference_mode`, where it would
+            record nothing.
     """
     check.function("value_and_grad", "function", function)
     check.one_of("value_and_grad", "engine", engine, get_args(Engine))
@@ -293,6 +294,10 @@ def value_and_grad(
 
     def by_autograd(tree: T, /, *args: P.args, **kwargs: P.kwargs) -> tuple[tuple[Tensor, Aux], T]:
         _check_floating("value_and_grad", tree)
+        check.require(
+            not torch.is_inference_mode_enabled(),
+            "value_and_grad: engine='autograd' records nothing in torch.inference_mode; take torch.no_grad or 'func'.",
+        )
         inputs = [leaf.detach().requires_grad_() for leaf in leaves(tree)]
         with torch.enable_grad():
             value, aux = checked(unflatten(tree, inputs), *args, **kwargs)

@@ -181,6 +181,38 @@ def test_an_ensemble_of_ensembles(backend: F.Backend) -> None:
     assert_close(twice(stacked(shifted), torch.stack(dys)), expected, bound=BOUND)
 
 
+@every_backend
+@pytest.mark.parametrize("min_k", [2, 4])
+def test_an_ensemble_pulls_many_gradients_back_through_one_forward_pass_each(backend: Chosen, min_k: int) -> None:
+    """An inner `vmap` around the backward pass alone, as in `jacrev`."""
+    inputs, dys = [inputs_of(case, TAPS) for case in models()], torch.stack([case.dy for case in models()])
+
+    def pulled(inputs: Inputs) -> Inputs:
+        def output(given: Inputs) -> Tensor:
+            return F.bank(*given, min_k=min_k, backend=backend)
+
+        pull = torch.func.vjp(output, inputs)[1]
+
+        def gradient(dy: Tensor) -> Inputs:
+            found: Inputs = pull(dy)[0]
+            return found
+
+        return tree.vmap(gradient, (0,))(dys)
+
+    got = tree.vmap(pulled, (0,))(stacked(inputs))
+    one_by_one = [stacked([evaluate(one, dy, min_k=min_k, backend=backend)[1] for dy in dys]) for one in inputs]
+    assert_close(got, stacked(one_by_one), bound=BOUND)
+
+
+@every_backend
+def test_autocast_changes_nothing(backend: Chosen) -> None:
+    case = models()[1]
+    inputs = tree.map1(Tensor.float, inputs_of(case, TAPS))
+    expected = evaluate(inputs, case.dy.float(), min_k=2, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(evaluate(inputs, case.dy.float(), min_k=2, backend=backend), expected)
+
+
 @compiled_backends
 @pytest.mark.parametrize("min_k", [2, 4])
 def test_compiled_gradients_are_the_eager_ones_for_any_number_of_pairs(backend: F.Backend, min_k: int) -> None:

@@ -141,8 +141,7 @@ def test_a_calibrated_router_opens_the_share_asked_for_and_shared_experts_always
     seed: int, shared: int, share: float
 ) -> None:
     x, thresholds = normal(seed, 12, 5), 0.1 * normal(seed + 1, 10)
-    open_all = torch.full_like(thresholds, carve.OPEN_THRESHOLD) if share == 1 else thresholds
-    router = F.Router(normal(seed + 2, 10, 5), carve.with_shared(open_all, shared=shared))
+    router = F.Router(normal(seed + 2, 10, 5), carve.with_shared(thresholds, shared=shared))
     found = carve.calibrated(router, x, share=share, eps=EPS)
     scores = route(found, x).scores
     assert abs(int((scores > 0).sum()) - round(share * scores.numel())) <= 1  # a pair may stand on the threshold itself

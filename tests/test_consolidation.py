@@ -177,3 +177,33 @@ def test_a_batch_that_is_not_finite_leaves_gate_and_up_not_finite_and_raises_not
     got = F.whiten_inputs(grads, torch.full((3, 4), math.nan, dtype=torch.float64), damping=1.0)
     assert got.gate.isnan().all()
     assert_same(got.down, grads.down)
+
+
+def test_a_damping_that_rounding_swallows_gives_no_numbers_in_place_of_wrong_ones() -> None:
+    x = (normal(1, 1, 64) + 1e-4 * normal(2, 16, 64)).float()
+    grads = F.Experts(*(normal(i, 4, 2, 64).float() for i in range(3)))
+    assert F.whiten_inputs(grads, x, damping=1e-9).up.isnan().all()
+    assert F.whiten_inputs(grads, x, damping=1e-2).up.isfinite().all()
+
+
+def test_one_neuron_that_overflows_changes_no_share() -> None:
+    squares = normal(0, 3, 4, 2).square()
+    squares[0, 2, 1] = 0
+    expected = F.matrix_shares(squares)
+    for wrong in (math.inf, math.nan):
+        squares[0, 2, 1] = wrong
+        assert_same(F.matrix_shares(squares), expected)
+
+
+def test_gradients_of_float16_are_scaled_in_the_dtype_of_the_importance() -> None:
+    grads = F.Experts(*(1e-6 * normal(i, 4, 2, 3) for i in range(3)))
+    scaled = F.consolidate(tree.map1(Tensor.half, grads), torch.zeros(4, 2), form="root", strength=1.0, eps=1e-10)
+    assert_close(
+        scaled, tree.map1(lambda g: (1e5 * g.half().double()).half(), grads), bound=tolerance(torch.float16, terms=2)
+    )
+
+
+def test_without_strength_an_importance_that_is_not_finite_changes_nothing() -> None:
+    grads = F.Experts(*(normal(i, 4, 2, 3) for i in range(3)))
+    importance = torch.full((4, 2), math.inf, dtype=torch.float64)
+    assert_same(F.consolidate(grads, importance, form="bounded", strength=0.0, eps=1e-8), grads)

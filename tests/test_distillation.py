@@ -102,6 +102,9 @@ def test_the_loss_has_the_dtype_of_its_logits_and_survives_large_ones() -> None:
     loss = distillation_loss(logits, logits.flip(-1), temperature=1.0)
     assert loss.dtype == torch.float32
     assert float(loss[0]) == pytest.approx(6e4)
+    logits, soft = normal(0, 4, 300).bfloat16(), normal(1, 4, 300).bfloat16()
+    narrow = distillation_loss(logits, soft, temperature=2.0)
+    assert_same(narrow, distillation_loss(logits.float(), soft.float(), temperature=2.0))
 
 
 @pytest.mark.parametrize(("weight", "temperature"), [(-0.1, 1.0), (1.1, 1.0), (0.5, 0.0), (0.5, -1.0)])

@@ -269,6 +269,8 @@ def test_a_batch_without_any_expert_that_counts_teaches_nothing() -> None:
         assert float(loss.detach()) == 0
         assert not torch.autograd.grad(loss, scores)[0].any()
     assert_same(F.gate_accuracy(scores, surprise, nothing), F.GateAccuracy(*torch.zeros(2, dtype=torch.float64)))
+    for of_no_token in (F.z_loss(scores[:0]), F.load_balance_loss(scores[:0], nothing[:0])):
+        assert float(of_no_token.detach()) == 0
 
 
 SCORES, ACTIVE = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)

@@ -271,9 +271,16 @@ def test_what_belongs_to_the_other_route_changes_nothing(used: MoeConfig, unused
         ({"min_k": 11}, "expected 1 <= min_k=11 <= 10"),
         ({"fallback_k": 0}, "expected 1 <= fallback_k=0 <= 10"),
         ({"route": "topk"}, "unknown route='topk'; did you mean 'top_k'"),
+        ({"squash": "sigmod"}, "unknown squash='sigmod'; did you mean 'sigmoid'"),
+        ({"combine": "summ"}, "unknown combine='summ'; did you mean 'sum'"),
+        ({"normalise": "no"}, "expected normalise of type bool"),
+        ({"cosine_eps": 0.0}, "expected 0 < cosine_eps=0.0"),
+        ({"num_experts": 9}, "expected 10 <= num_experts=9"),
+        ({"num_experts": 12.5}, "expected num_experts as a whole number"),
+        ({"min_k": 2.0}, "expected min_k as a whole number"),
     ],
 )
-def test_impossible_routings_are_refused(changes: dict[str, str | int], message: str) -> None:
+def test_impossible_routings_are_refused(changes: dict[str, str | int | float], message: str) -> None:
     with pytest.raises(ValueError, match=f"^MoeConfig: {re.escape(message)}"):
         replace(MOE, **changes)  # type: ignore[arg-type]
 

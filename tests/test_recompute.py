@@ -130,3 +130,17 @@ def test_the_other_engine_and_a_second_derivative_are_refused() -> None:
         tree.grad(lambda w: total(w, x, engine="autograd")[0])(weight)
     with pytest.raises(RuntimeError, match="differentiable once"):
         tree.grad(lambda w: tree.grad(lambda v: total(v, x, engine="func")[0])(w).square().sum())(weight)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_was_computed_under_autocast_is_recomputed_under_it(engine: Engine) -> None:
+    weight, x = normal(0, 4, 3).float(), normal(1, 5, 4).float()
+    for enabled in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not enabled):
+            values = []
+            for function in (energy, recomputed(energy, engine=engine)):
+                own = weight.clone().requires_grad_()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                    value = function(own, x)[0].sum()
+                values.append((value.detach(), *torch.autograd.grad(value, own)))
+        assert_same(values[1], values[0])

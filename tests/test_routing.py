@@ -208,7 +208,26 @@ def test_the_share_shift_is_the_distance_that_is_left(gate: Gate, target: float,
         return F.share_threshold_shift(gate.affinity, thresholds, squash=squash, target=torch.tensor(target))
 
     before = shift(gate.thresholds)
-    assert_near(shift(gate.thresholds + moved), before - moved if target < 1 else torch.zeros_like(before))
+    if target < 1:
+        assert_near(shift(gate.thresholds + moved), before - moved)
+    else:
+        assert float(shift(gate.thresholds + 4)) < float(before) <= 0
+
+
+@given(gates(), st.floats(-2.0, 2.0))
+def test_the_share_of_one_opens_every_pair_and_leaves_open_ones_alone(gate: Gate, moved: float) -> None:
+    thresholds = gate.thresholds + moved
+    shift = F.share_threshold_shift(gate.affinity, thresholds, squash="sigmoid", target=torch.ones(()))
+    assert bool(route(gate._replace(thresholds=thresholds + shift), squash="sigmoid").active.all())
+    open_ones = thresholds.new_full(thresholds.shape, -9.0)
+    assert float(F.share_threshold_shift(gate.affinity, open_ones, squash="sigmoid", target=torch.ones(()))) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_of_the_target_decides_no_share(dtype: torch.dtype) -> None:
+    affinity, target = torch.linspace(-1, 1, 70_000)[:, None], torch.tensor(0.25, dtype=dtype)
+    shift = F.share_threshold_shift(affinity, torch.zeros(1), squash="sigmoid", target=target)
+    assert int((affinity > shift).sum()) == 17_500
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import onn.functional as F
-from onn import carve, lessons, objective, optim, train, tree
+from onn import carve, lessons, objective, optim, qwen3, train, tree
 from onn.data import Batch
 from onn.objective import (
     ConsolidationConfig,
@@ -333,3 +333,19 @@ def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_
     ]
     assert all(bool(torch.isfinite(leaf).all()) for leaf in tree.leaves(taught[0]))
     assert any(not torch.equal(a, b) for a, b in zip(*(tree.leaves(lesson) for lesson in taught), strict=True))
+
+
+def test_an_expert_whose_weight_underflows_is_not_the_one_a_router_learns_to_prefer() -> None:
+    """Its surprise is 0, since it has computed nothing."""
+    teach = replace(SPARSE.router, w_diversity=0.0, w_simplicity=0.0)
+    settings = replace(SPARSE, moe=replace(SPARSE.moe, route="top_k", top_k=3), router=teach)
+    router = F.Router(torch.eye(10), torch.zeros(10))
+    x = torch.tensor([[100.0, 99.0, -10.0, *[-300.0] * 7]])
+    _, routing = qwen3.route(router, x, config=settings.moe)
+    assert routing.active[0, 2]
+    assert not routing.weights[0, 2]
+    seen = qwen3.Carved(x=x, affinity=routing.scores, routing=routing)
+    surprise = torch.zeros(1, 10).index_copy(1, torch.arange(2), torch.tensor([[2.0, 1.0]]))
+    pushed = -lessons.router_lesson(router, seen, {"surprise": surprise}, torch.zeros(()), config=settings).prototypes
+    assert float((pushed @ x[0])[1]) > 0
+    assert not pushed[2].any()

@@ -240,6 +240,15 @@ def test_gradients_are_computed_where_autograd_is_switched_off(engine: Engine) -
     assert_close(gradient, analytic(parameters(), normal(9, 3), scale=0.5), bound=tolerance(torch.float64, terms=12))
 
 
+def test_in_inference_mode_only_func_differentiates_and_autograd_says_so() -> None:
+    x = normal(9, 3)
+    with torch.inference_mode():
+        _, gradient = tree.value_and_grad(loss, engine="func")(parameters(), x, scale=0.5)
+        with pytest.raises(ValueError, match="inference_mode"):
+            tree.value_and_grad(loss, engine="autograd")(parameters(), x, scale=0.5)
+    assert_close(gradient, analytic(parameters(), x, scale=0.5), bound=tolerance(torch.float64, terms=12))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("keys", list(itertools.permutations("acb")))
 def test_gradients_of_a_dict_belong_to_their_keys_in_any_order(engine: Engine, keys: tuple[str, ...]) -> None:

@@ -47,22 +47,23 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     rows = importance[:, None] if importance.ndim == 1 else importance
     finite = torch.isfinite(importance)
     mean = torch.where(finite, importance, 0).sum() / finite.sum().clamp_min(1)
-    bound = 1 + strength * rows / mean.clamp_min(eps)
+    bound = 1 + strength * rows / mean.clamp_min(eps) if strength else torch.ones_like(rows)
     scale = (torch.rsqrt(rows + eps) if form == "root" else 1 / bound)[..., None]
-    return Experts(*(g * own.to(g.dtype) for g, own in zip(grads, scale.expand(3, *scale.shape[-3:]), strict=True)))
+    scales = scale.expand(3, *scale.shape[-3:])
+    return Experts(*((g.to(own.dtype) * own).to(g.dtype) for g, own in zip(grads, scales, strict=True)))
 
 
 def matrix_shares(squares: Tensor) -> Tensor:
     """How the squared surprise of a bank falls to gate, up and down: [3], 1 on average; zeros where there is none.
 
     Args:
-        squares: [3, E, I], of `matrix_surprise` or the tap `matrix`.
+        squares: [3, E, I], of `matrix_surprise` or the tap `matrix`; what is not finite does not count.
 
     Returns:
         [3], float32 (float64 for float64 inputs).
     """
     check.shapes("matrix_shares", ("squares", squares, "float 3 E I"))
-    total = squares.sum(dim=(1, 2), dtype=reduction_dtype(squares.dtype))
+    total = torch.where(squares.isfinite(), squares, 0).sum(dim=(1, 2), dtype=reduction_dtype(squares.dtype))
     return total / total.mean().clamp_min(torch.finfo(total.dtype).tiny)
 
 
@@ -119,7 +120,8 @@ def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
         damping: above 0; the larger, the less is changed.
 
     Returns:
-        The gradients, in their dtype; that of down is the one given. Costs H^3 and no state.
+        The gradients, in their dtype; that of down is the one given. Costs H^3 and no state. NaN where `damping` is so
+        small that rounding leaves no second moment to divide by.
 
     References:
         The input's factor of K-FAC (Martens and Grosse, 1503.05671), damped, of one batch.
@@ -129,7 +131,7 @@ def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
     dtype = reduction_dtype(x.dtype)
     inputs, size = x.to(dtype), x.shape[-1]
     moment = inputs.mT @ inputs / (inputs.square().sum() / size).clamp_min(torch.finfo(dtype).tiny)
-    factor = torch.linalg.cholesky_ex(moment + damping * torch.eye(size, dtype=dtype, device=x.device)).L
-    inverse = (1 + damping) * torch.cholesky_inverse(factor)
+    factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(size, dtype=dtype, device=x.device))
+    inverse = torch.where(failed == 0, (1 + damping) * torch.cholesky_inverse(factor), torch.nan)
     gate, up = ((g.to(dtype) @ inverse).to(g.dtype) for g in (grads.gate, grads.up))
     return Experts(gate, up, grads.down)

@@ -25,6 +25,7 @@ from onn.functional.kernels.dense import (
 )
 from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
+from onn.functional.kernels.precision import as_given
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
 from onn.functional.kernels.tilings import Tiling, default_tiling
 from onn.functional.surprise import parameter_surprise
@@ -197,15 +198,16 @@ class _Backward(torch.autograd.Function):
         *weighted: Tensor,
     ) -> tuple[Tensor, ...]:
         experts, residuals = Experts(gate, up, down), Residuals(h1, h3)
-        if plan.tiling is not None:
-            bank = (experts, x, weights, residuals, plan.tiling)
-            return (*ragged_backward(dy, *bank, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
-        learnt, *rest = dense_backward(
-            *(dy, experts, x, weights, residuals, weighted[0] if weighted else None),
-            min_k=plan.min_k,
-            wanted=wanted,
-            counterfactual=counterfactual,
-        )
+        with as_given(x.device):
+            if plan.tiling is not None:
+                bank = (experts, x, weights, residuals, plan.tiling)
+                return (*ragged_backward(dy, *bank, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
+            learnt, *rest = dense_backward(
+                *(dy, experts, x, weights, residuals, weighted[0] if weighted else None),
+                min_k=plan.min_k,
+                wanted=wanted,
+                counterfactual=counterfactual,
+            )
         dx, d_weights, *measured = rest
         return (*learnt, dx, torch.where(weights != 0, d_weights, 0) if plan.active_only else d_weights, *measured)
 
@@ -235,10 +237,11 @@ class _Bank(torch.autograd.Function):
         gate: Tensor, up: Tensor, down: Tensor, x: Tensor, weights: Tensor, plan: _Plan, *taps: Tensor
     ) -> tuple[Tensor, ...]:
         experts = Experts(gate, up, down)
-        if plan.tiling is not None:
-            y, residuals = ragged_forward(experts, x, weights, plan.tiling)
-            return (y, *residuals)
-        y, residuals, weighted = dense_forward(experts, x, weights)
+        with as_given(x.device):
+            if plan.tiling is not None:
+                y, residuals = ragged_forward(experts, x, weights, plan.tiling)
+                return (y, *residuals)
+            y, residuals, weighted = dense_forward(experts, x, weights)
         return (y, *residuals, weighted) if plan.min_k == weights.shape[-1] else (y, *residuals)
 
     @staticmethod
@@ -327,12 +330,12 @@ def bank(
 
     Returns:
         y [T, H]. Composes with `torch.func.grad`, `vmap` and `torch.compile(fullgraph=True)` of both. Differentiable
-        once; the second derivative is an error.
+        once; the second derivative is an error. Autocast changes nothing inside.
 
     Guarantee:
-        All backends give the same numbers up to rounding, with one exception: where a combine weight is 0 its
-        gradient is known to `dense` and 0 otherwise, `auto` included. A router that learns from experts it did not
-        choose needs `dense`.
+        All backends give the same numbers up to rounding, with two exceptions. Where a combine weight is 0 its gradient
+        is known to `dense` and 0 otherwise, `auto` included: a router that learns from experts it did not choose needs
+        `dense`. And a token that is not finite spoils the gradients of its own experts, or of others as well.
 
     Raises:
         ValueError: shapes or dtypes differ, a tap is not floating, `min_k` out of range, an unknown tap or backend, or

@@ -137,7 +137,7 @@ def load_balance_loss(scores: Tensor, active: Tensor) -> Tensor:
         active: [T, E] bool.
 
     Returns:
-        Scalar; 1 for a uniform router, up to E for one that sends everything to one expert.
+        Scalar; 1 for a uniform router, up to E for one that sends everything to one expert, 0 without tokens.
 
     References:
         Fedus et al., 2101.03961, equation 4.
@@ -146,7 +146,8 @@ def load_balance_loss(scores: Tensor, active: Tensor) -> Tensor:
     dtype = reduction_dtype(scores.dtype)
     assigned = active.to(dtype).sum(dim=0)
     fraction = assigned / assigned.sum().clamp_min(1)
-    return scores.shape[-1] * (fraction * torch.softmax(scores, dim=-1, dtype=dtype).mean(dim=0)).sum()
+    probability = torch.softmax(scores, dim=-1, dtype=dtype).sum(dim=0) / max(len(scores), 1)
+    return scores.shape[-1] * (fraction * probability).sum()
 
 
 def z_loss(logits: Tensor) -> Tensor:
@@ -156,13 +157,13 @@ def z_loss(logits: Tensor) -> Tensor:
         logits: [T, E].
 
     Returns:
-        Scalar, at least 0.
+        Scalar, at least 0; 0 without tokens.
 
     References:
         ST-MoE (Zoph et al., 2202.08906), equation 5.
     """
     check.shapes("z_loss", ("logits", logits, "float T E"))
-    return torch.logsumexp(logits.to(reduction_dtype(logits.dtype)), dim=-1).square().mean()
+    return torch.logsumexp(logits.to(reduction_dtype(logits.dtype)), dim=-1).square().sum() / max(len(logits), 1)
 
 
 def diversity_loss(prototypes: Tensor, *, eps: float) -> Tensor:

@@ -107,7 +107,7 @@ def share_threshold_shift(affinity: Tensor, thresholds: Tensor, *, squash: Squas
         affinity: [T, E].
         thresholds: [E].
         squash: as in `threshold_route`.
-        target: scalar in (0, 1]; at 1 or above the shift is 0 and nothing is held back.
+        target: scalar in (0, 1]; at 1 or above all pass: 0 where they do already, else to just below the farthest.
 
     Returns:
         Scalar. Adding a fraction of it each step is an integral controller. Pairs that no threshold can open
@@ -127,9 +127,9 @@ def share_threshold_shift(affinity: Tensor, thresholds: Tensor, *, squash: Squas
     eps = torch.finfo(affinity.dtype).eps
     opening = affinity if squash == "sigmoid" else torch.logit(affinity, eps=eps)
     distance = torch.sort((opening - thresholds.to(affinity.dtype)).detach().flatten()).values
-    rank = ((1 - target) * distance.numel()).round().long() - 1
+    rank = ((1 - target.to(reduction_dtype(target.dtype))) * distance.numel()).round().long() - 1
     shift = distance.gather(0, rank.clamp(0, distance.numel() - 1)[None])[0]
-    return torch.where(target >= 1, torch.zeros_like(shift), shift)
+    return torch.where(target >= 1, (distance[0] - eps**0.5).clamp_max(0), shift)
 
 
 def _route_by_rank(logits: Tensor, keys: Tensor, values: Tensor, *, k: int, normalise: bool) -> Routing:

@@ -32,7 +32,7 @@ def counterfactual_surprise(local: Local, x: Tensor, dy: Tensor) -> Tensor:
 
     Returns:
         [T, E], float32 (float64 for float64 inputs). The norms square their entries in it: in float32 exact to rounding
-        for gradients of size 1e-18 to 1e18, 0 or infinite far outside, never NaN for finite inputs.
+        for gradients of size 1e-18 to 1e18, and 0 or not finite far outside.
     """
     check.shapes(
         "counterfactual_surprise",

@@ -134,8 +134,7 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
         weights = _own_choices(top_k_weights.to(dtype))
     else:
         weights = dense_weights(top_k_index, top_k_weights, num_experts=E, dtype=dtype)
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=weights.shape[1], backend="auto")
+    y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=weights.shape[1], backend="auto")
     return y.to(hidden_states.dtype)
 
 

@@ -123,9 +123,9 @@ class Padded(NamedTuple):
         torch.index_select(source, 0, self.tokens if self.filling is None else self.filling.tokens, out=rows)
         return rows.view(*self._shape, source.shape[1])
 
-    def spread(self, values: Tensor) -> Tensor:
-        """Rows of a pair-wise tensor: [R + 1, I] to [G, N, I]."""
-        rows = values[self.pairs] if self.filling is None else values.index_select(0, self.filling.places)
+    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
+        """Rows of a pair-wise tensor: [R + 1, I] to [G, N, I]; of one of more pairs, `among` which these are."""
+        rows = _rows(values, self.pairs if self.filling is None else self.filling.places, among)
         return rows.view(*self._shape, values.shape[1])
 
     def put(self, rows: Tensor, into: Tensor) -> None:
@@ -189,11 +189,12 @@ class Whole(NamedTuple):
         """[T, H]."""
         return source
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[R + 1, I] to [T, G, I], 0 where there is no pair."""
+    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
+        """[R + 1, I] to [T, G, I], 0 where there is no pair; of a tensor of more pairs, `among` which these are."""
         size = self.experts.stop - self.experts.start
         rows = values.new_zeros(self.tokens * size, values.shape[1])
-        return rows.index_copy_(0, self.places, values[self.pairs]).view(self.tokens, size, values.shape[1])
+        own = _rows(values, self.pairs, among)
+        return rows.index_copy_(0, self.places, own).view(self.tokens, size, values.shape[1])
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `spread`."""
@@ -244,9 +245,9 @@ class Ragged(NamedTuple):
         """[T, H] to [R, H]."""
         return source.index_select(0, self.tokens)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """[R + 1, I] to [R, I]."""
-        return values[:-1]
+    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
+        """[R + 1, I] to [R, I]; of a tensor of more pairs, `among` which these are."""
+        return _rows(values, slice(0, len(self.tokens)), among)
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `spread`."""
@@ -296,6 +297,13 @@ class Ragged(NamedTuple):
 
 
 Part = Padded | Whole | Ragged
+
+
+def _rows(values: Tensor, pairs: Span | Tensor, among: Tensor | None) -> Tensor:
+    """The rows of these pairs, counted over all or, where it is there, over those that `among` names."""
+    if among is not None:
+        return values.index_select(0, among[pairs])
+    return values[pairs] if isinstance(pairs, slice) else values.index_select(0, pairs)
 
 
 def takes_grouped(first: Tensor, second: Tensor) -> bool:

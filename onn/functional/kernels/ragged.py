@@ -116,7 +116,7 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
         gated, raised = part.project(rows, experts.gate), part.project(rows, experts.up)
         part.put(gated, h1)
         part.put(raised, h3)
-        part.send((_weighted(part, silu(gated) * raised, part.spread(pairs.weight)), experts.down), into=y)
+        part.send((_weighted(part, silu(gated).mul_(raised), part.spread(pairs.weight)), experts.down), into=y)
     return y[:T].to(x.dtype), h1, h3
 
 
@@ -128,12 +128,21 @@ def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> 
 
 
 def _weighted(part: Part, rows: Tensor, weight: Tensor) -> Tensor:
-    """Rows [..., I] times combine weights [..., 1], 0 where nobody is.
+    """Rows [..., I] times combine weights [..., 1] in their own place, 0 where nobody is.
 
     Rows shorter than a vector register would be multiplied number by number.
     """
     short = rows.shape[-1] * rows.element_size() < 64
-    return part.guarded(rows * (weight.expand_as(rows).contiguous() if short else weight), weight)
+    return part.guarded(rows.mul_(weight.expand_as(rows).contiguous() if short else weight), weight)
+
+
+def _norms(local: Local) -> tuple[Tensor, Tensor]:
+    """`unit_norms`, of so few rows at a time that what they are widened to stays in a cache."""
+    few = max(1, 2**18 // max(local.a[:1].numel(), 1))
+    inner, outer = zip(
+        *(unit_norms(Local(*rows)) for rows in zip(*(t.split(few) for t in local), strict=True)), strict=True
+    )
+    return torch.cat(inner), torch.cat(outer)
 
 
 def _backward(
@@ -200,7 +209,7 @@ def _backward_one(
         local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
         part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
         if measured:
-            for norm, into in zip(unit_norms(local), (inner, outer), strict=True):
+            for norm, into in zip(_norms(local), (inner, outer), strict=True):
                 part.put(norm[..., None], into)
         if wanted.squares:
             met = matrix_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
@@ -225,11 +234,11 @@ def _backward_one(
         surprise = weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)[:-1, 0]
     if masked:
         kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
-        h1, h3, products = (rows.index_select(0, places) for rows in (*residuals, products))
+        products = products.index_select(0, places)
         learnt = room(needed=wanted.experts)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
-            local = unit_gradients(Residuals(part.spread(h1), part.spread(h3)), part.spread(products))
-            weight = part.spread(kept.weight)
+            h1, h3 = (part.spread(rows, places) for rows in residuals)
+            local, weight = unit_gradients(Residuals(h1, h3), part.spread(products)), part.spread(kept.weight)
             rows = Local(*(_weighted(part, one, weight) for one in local))
             if wanted.experts:
                 _learn(part, rows, part.take(x, "x"), part.take(dy, "dy"), learnt)
@@ -322,12 +331,17 @@ def _batched_forward(
 def _batched_backward(
     info: object, in_dims: tuple[int | None, ...], *args: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """The residuals hold the rows of all banks, one after the other, as the forward pass under `vmap` left them."""
+    """The residuals hold the rows of all banks, one after the other, as the forward pass under `vmap` left them.
+
+    Where this `vmap` has been around the backward pass alone they hold those of an outer `vmap`, if any, whose order
+    has no place for copies.
+    """
+    of_dy, *of_bank = in_dims[:6]
+    if of_dy is not None and all(dim is None for dim in of_bank):
+        calls = [torch.ops.onn.ragged_backward(dy, *args[1:]) for dy in args[0].unbind(of_dy)]
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
     size, bank = _folded(args[:6], in_dims[:6])
-    h1, h3 = args[6:8]
-    if all(dim is None for dim in in_dims[1:6]):
-        h1, h3 = h1.repeat(size, 1), h3.repeat(size, 1)
-    grads = torch.ops.onn.ragged_backward(*bank, h1, h3, *args[8:])
+    grads = torch.ops.onn.ragged_backward(*bank, *args[6:])
     return tuple(grad.unflatten(0, (size, -1)) for grad in grads), (0,) * len(grads)
 
 
