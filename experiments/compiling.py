@@ -7,12 +7,13 @@ long to compile as one. As one graph (`compiled`) every layer is unrolled: for s
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import cache
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from onn.region import Kind, Region, inline
 from onn.tree import Flat
@@ -77,7 +78,9 @@ def _raise_limit() -> None:
 
 @cache
 def _can_compile() -> bool:
-    if torch.cuda.is_available() or any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        return True
-    print("No C++ compiler found: torch.compile needs one on a CPU. Running eagerly.")
-    return False
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        print("No C++ compiler found: torch.compile needs one. Running eagerly.")
+        return False
+    return True

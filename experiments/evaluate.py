@@ -11,7 +11,7 @@ from torch import Tensor
 import onn.functional as F
 from onn import objective, qwen3, tree
 from onn.data import Batch
-from onn.objective import SparseMetrics, StepConfig
+from onn.objective import IntegrityConfig, SparseMetrics, StepConfig
 from onn.observe import Json, mutual_information
 from onn.qwen3 import Model
 
@@ -29,7 +29,7 @@ class DomainFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseFigures:
-    """Sums over batches of one domain."""
+    """Of one domain, however it is cut into batches: means over tokens, the surprise over active pairs; and sums."""
 
     batches: int
     surprise: float
@@ -111,7 +111,7 @@ def evaluate(model: Model, batches: Mapping[str, Iterable[Batch]], *, config: St
 
 def _domain(model: Model, batches: Iterable[Batch], *, config: StepConfig) -> DomainFigures:
     targets, sums = 0, torch.zeros(3, dtype=torch.float64)
-    rows: list[tuple[SparseMetrics, Tensor]] = []
+    rows: list[tuple[int, SparseMetrics]] = []
     for batch in batches:
         count = int(batch.mask.sum())
         loss, seen, surprise = objective.measure(model, batch, config=config)
@@ -120,27 +120,40 @@ def _domain(model: Model, batches: Iterable[Batch], *, config: StepConfig) -> Do
         if seen.carved:
             share = torch.stack([c.routing.active.float().mean() for c in seen.carved]).mean()
             metrics = objective.sparse_metrics(loss, seen, surprise, share, config=config.integrity)
-            rows.append((metrics, metrics.surprise_by_expert.nan_to_num() * metrics.usage.active))
-    loss, accuracy, tau = (sums / max(targets, 1)).tolist()
-    return DomainFigures(targets=targets, loss=loss, accuracy=accuracy, tau=tau, sparse=_sparse(rows) if rows else None)
+            rows.append((batch.tokens.numel(), metrics))
+    means = sums / max(targets, 1)
+    sparse = _sparse(rows, means[0], means[2], config=config.integrity) if rows else None
+    loss, accuracy, tau = means.tolist()
+    return DomainFigures(targets=targets, loss=loss, accuracy=accuracy, tau=tau, sparse=sparse)
 
 
-def _sparse(rows: list[tuple[SparseMetrics, Tensor]]) -> SparseFigures:
-    columns = [row for row, _ in rows]
+def _sparse(
+    rows: list[tuple[int, SparseMetrics]], loss: Tensor, tau: Tensor, *, config: IntegrityConfig
+) -> SparseFigures:
+    columns = [row for _, row in rows]
+    tokens = torch.tensor([size for size, _ in rows], dtype=torch.float64)
+    pairs = torch.stack([row.usage.active.sum() for row in columns]).double()
 
-    def mean(values: Iterable[Tensor]) -> float:
-        return float(torch.stack(list(values)).mean())
+    def mean(values: Iterable[Tensor], weights: Tensor) -> Tensor:
+        return (torch.stack(list(values)).double() * weights).sum() / weights.sum()
 
+    surprise = mean((row.surprise for row in columns), pairs)
     return SparseFigures(
         batches=len(rows),
-        surprise=mean(row.surprise for row in columns),
-        pi=mean(row.pi for row in columns),
-        active_share=mean(row.active_share for row in columns),
-        gate_accuracy=mean(row.gate.accuracy for row in columns),
-        gate_chance=mean(row.gate.chance for row in columns),
+        surprise=float(surprise),
+        pi=float(
+            F.predictive_integrity(
+                loss, tau, surprise, alpha=config.alpha, gamma=config.gamma, tau_floor=config.tau_floor
+            )
+        ),
+        active_share=float(mean((row.active_share for row in columns), tokens)),
+        gate_accuracy=float(mean((row.gate.accuracy for row in columns), tokens)),
+        gate_chance=float(mean((row.gate.chance for row in columns), tokens)),
         routed=torch.stack([row.usage.routed for row in columns]).sum(dim=0),
         active=torch.stack([row.usage.active for row in columns]).sum(dim=0),
-        surprise_sum=torch.stack([surprise for _, surprise in rows]).sum(dim=0),
+        surprise_sum=torch.stack([row.surprise_by_expert.nan_to_num() * row.usage.active for row in columns]).sum(
+            dim=0
+        ),
     )
 
 

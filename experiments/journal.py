@@ -140,7 +140,8 @@ def _first_step(path: Path, phase: str, step: int) -> int:
     """The step of the first record of the phase, or `step` where it has none."""
     with path.open("rb") as lines:
         records = (record for line in lines if (record := parsed(line)).get("phase") == phase)
-        return int(number(next(records, {}), "step") or step)
+        first = number(next(records, {}), "step")
+        return step if first is None else int(first)
 
 
 def parsed(line: bytes) -> Record:

@@ -65,7 +65,9 @@ class Generators(NamedTuple):
     """The states of those that a phase draws from."""
 
     draws: Tensor
+    """Of batches, which phases of one seed so share."""
     births: Tensor
+    """Of all else: rounding, and births."""
 
 
 class _Training(NamedTuple):
@@ -131,17 +133,19 @@ class Keeper:
     def state(self, phase: Phase, model: Model, generators: Generators) -> Kept | None:
         """The newest whole checkpoint of a phase that is not finished, with metrics.jsonl put back to it.
 
-        Whatever later phases left is dropped.
+        Whatever later phases left is dropped, and what was measured of the model that this one is to make anew.
 
         Args:
             phase: the one to go on with.
             model: that it began with; its names, shapes and dtypes alone.
             generators: of the same shapes as those that were kept.
         """
-        for later in PHASES[PHASES.index(phase) + 1 :]:
-            for entry in self.home.glob(f"{later}-*"):
-                checkpoint.remove(entry)
-        found = self._newest([entry for entry in self._states() if entry.name.startswith(f"{phase}-")], phase)
+        stale = [f"{later}-*" for later in PHASES[PHASES.index(phase) + 1 :]]
+        stale += [f"{name}-figures" for name in ((phase, "carved") if phase == "dense" else (phase,))]
+        for entry in (entry for pattern in stale for entry in self.home.glob(pattern)):
+            checkpoint.remove(entry)
+        own = [entry for entry in self._states() if entry.name.startswith(f"{phase}-")]
+        found = self._newest(own, f"Going back to the beginning of {phase}.")
         if found is None:
             return None
         template = tree.map1(lambda leaf: leaf.to("meta"), model)
@@ -160,7 +164,8 @@ class Keeper:
 
     def model(self, phase: Phase, like: Model) -> tuple[Model, Position] | None:
         """What a finished phase left, with metrics.jsonl put back to its end."""
-        found = self._newest([self.home / f"{phase}-{name}" for name in _COPIES], phase)
+        copies = [self.home / f"{phase}-{name}" for name in _COPIES]
+        found = self._newest(copies, f"Going back to the last checkpoint within {phase}, or to its beginning.")
         return None if found is None else (checkpoint.restore(found, "model", like=like), self._position(found))
 
     def keep_figures(self, name: str, evaluation: Evaluation) -> None:
@@ -172,7 +177,7 @@ class Keeper:
 
     def figures(self, name: str) -> Evaluation | None:
         """An evaluation that was kept."""
-        found = self._newest([self.home / f"{name}-figures"], name)
+        found = self._newest([self.home / f"{name}-figures"], "Measuring it again.")
         return None if found is None else _evaluation(found)
 
     def last(self) -> str:
@@ -204,12 +209,12 @@ class Keeper:
         storage.write_text(self.folder / METRICS, checkpoint.text(found, METRICS))
         return Position(step, records, skipped)
 
-    def _newest(self, folders: Sequence[Path], what: str) -> Checkpoint | None:
-        """The first that is whole; what is wrong with those before it is said, a line each."""
+    def _newest(self, folders: Sequence[Path], otherwise: str) -> Checkpoint | None:
+        """The first that is whole; what is wrong with those before it is said, a line each, and what is done now."""
         found, problems = checkpoint.newest([folder for folder in folders if folder.exists()])
-        instead = f"the beginning of {what}" if found is None else found.folder
+        done = otherwise if found is None else f"Going back to {found.folder}."
         for problem in problems:
-            print(f"damaged: {problem} Going back to {instead}.", file=sys.stderr)
+            print(f"damaged: {problem} {done}", file=sys.stderr)
         if found is not None:
             self._compare(found)
             self.resumed_from.append(found.folder.name)

@@ -272,7 +272,7 @@ def _safety(run: Run) -> list[Piece]:
             "steps skipped, because a loss or gradient was not finite",
             f"{len(skipped)}{f': {shown}' if skipped else ''}",
         ),
-        ("the run was resumed from", ", ".join(names) or "nothing: it was never stopped" * bool(run.summary) or "-"),
+        ("the run was resumed from", ", ".join(names) or "no checkpoint" * bool(run.summary) or "-"),
         ("checkpoints kept", ", ".join(kept) or "none"),
     ]
     if run.damaged:

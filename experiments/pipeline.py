@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from experiments.page_data import write_experts
 from experiments.presets import RunConfig
 from experiments.progress import progress
 from experiments.report import write_report
-from onn import carve, check, data, objective, observe, qwen3, storage, train, tree, weights
+from onn import carve, check, data, objective, observe, qwen3, train, tree, weights
 from onn.data import Batch, Corpus, Tokenizer
 from onn.objective import StepConfig
 from onn.observe import Json
@@ -57,8 +58,13 @@ class Job:
     signals: guard.Signals
 
 
-def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
+def run(config: RunConfig, folder: Path, *, command: str | None = None) -> Mapping[str, Json]:
     """Carry out the main job and leave everything it finds in `folder`.
+
+    Args:
+        config: what to do.
+        folder: new, or empty.
+        command: that repeats the run, for its reports; without it that of a replay.
 
     Returns:
         What `summary.json` holds.
@@ -75,8 +81,8 @@ def run(config: RunConfig, folder: Path) -> Mapping[str, Json]:
         folder.mkdir(parents=True, exist_ok=True)
         with guard.alone(folder):
             _require_new(folder)
-            storage.write_text(folder / "config.json", observe.encode(presets.save(config), indent=2) + "\n")
-            return _carry_out(config, folder, source, meter, signals, " ".join(sys.argv[1:]))
+            observe.write_json(folder / "config.json", presets.save(config))
+            return _carry_out(config, folder, source, meter, signals, command or _replay(folder))
 
 
 def resume(folder: Path) -> Mapping[str, Json]:
@@ -98,7 +104,11 @@ def resume(folder: Path) -> Mapping[str, Json]:
             return done
         config = saved_config(folder)
         meter = Meter()
-        return _carry_out(config, folder, _prepared(config, meter), meter, signals, f"--replay {folder}")
+        return _carry_out(config, folder, _prepared(config, meter), meter, signals, _replay(folder))
+
+
+def _replay(folder: Path) -> str:
+    return f"uv run experiments/run.py --replay {shlex.quote(str(folder))}"
 
 
 def finished(folder: Path) -> dict[str, Json] | None:
@@ -183,7 +193,7 @@ def _carry_out(
     steps = observe.read_jsonl(folder / METRICS)
     summary: dict[str, Json] = {
         "preset": config.preset,
-        "command": f"uv run experiments/run.py {command}",
+        "command": command,
         **records.figures(dense_figures, carved_figures, final, continued, steps, config),
         "parameters": parameter_count(moe),
         "corpus_domains": {
@@ -296,9 +306,10 @@ def _train(
         while position.step < steps:
             began = time.monotonic()
             batch = data.sample_batch(windows, torch.rand(config.data.batch_size, 2, generator=draws))
-            metrics = _advance(held, batch, draws, settings, teacher, job.step)
+            metrics = _advance(held, batch, births, settings, teacher, job.step)
             born: list[Json] = []
-            if settings.sparse is not None and (position.step + 1) % config.train.rebirth_every == 0:
+            every = config.train.rebirth_every
+            if settings.sparse is not None and every and (position.step + 1) % every == 0:
                 fresh = tuple(
                     torch.randn(layer.router.prototypes.shape, generator=births)
                     for layer in objective.carved_layers(held[0].model)

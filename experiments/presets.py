@@ -23,7 +23,7 @@ from onn.objective import (
     StepConfig,
 )
 from onn.observe import Json, decode
-from onn.qwen3 import MoeConfig, Qwen3Config
+from onn.qwen3 import MAX_EXPERT_SIZE, MoeConfig, Qwen3Config
 from onn.tiling import tiling_name
 
 VERSION = 5
@@ -81,7 +81,7 @@ class TrainConfig:
     dense_continued: bool
     """Train the dense model on for the same steps, as the honest comparison."""
     rebirth_every: int
-    """Steps between two looks for experts that no token chose."""
+    """Steps between two looks for experts that no token chose; 0 never looks."""
     rebirth_scale: float
     """How far a reborn prototype moves from its donor's, relative to its length."""
     dtype: Literal["bfloat16", "float32"]
@@ -98,8 +98,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Refuse what no run can keep to."""
-        for name, least in (("checkpoint_every", 0), ("checkpoints_kept", 1), ("max_skipped", 0)):
-            check.at_least("train", name, getattr(self, name), least)
+        for name in ("dense_steps", "steps", "rebirth_every", "checkpoint_every", "max_skipped"):
+            check.at_least("train", name, getattr(self, name), 0)
+        check.at_least("train", "checkpoints_kept", self.checkpoints_kept, 1)
+        check.weight("train", "rebirth_scale", self.rebirth_scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,12 @@ class SampleConfig:
     prompt_tokens: int
     new_tokens: int
     temperature: float
+
+    def __post_init__(self) -> None:
+        """Refuse what no model can continue."""
+        check.at_least("sample", "prompt_tokens", self.prompt_tokens, 1)
+        check.at_least("sample", "new_tokens", self.new_tokens, 0)
+        check.weight("sample", "temperature", self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +138,14 @@ class RunConfig:
     """Of the dense model before the carve."""
     integrity: IntegrityConfig
     sample: SampleConfig
+
+    def __post_init__(self) -> None:
+        """Refuse experts that the model cannot be carved into."""
+        neurons, experts = self.model.intermediate_size, self.sparse.moe.num_experts
+        check.require(
+            neurons % experts == 0 and neurons // experts <= MAX_EXPERT_SIZE,
+            f"run: {neurons} neurons do not divide into num_experts={experts} of at most {MAX_EXPERT_SIZE} each.",
+        )
 
 
 TINY = RunConfig(

@@ -11,6 +11,7 @@ import onn.functional as F
 from experiments.evaluate import Evaluation
 from experiments.presets import RunConfig
 from onn import objective, observe
+from onn.architecture import MoeConfig
 from onn.objective import StepConfig
 from onn.observe import Json
 from onn.train import Metrics
@@ -32,7 +33,7 @@ def step_record(metrics: Metrics, settings: StepConfig, *, step: int, phase: str
             "surprise": float(seen.surprise),
             "pi": float(seen.pi),
             "active_per_token": float(seen.active_share) * experts,
-            "target_active_per_token": float(seen.target_share) * experts,
+            "target_active_per_token": _target(settings.sparse.moe, float(seen.target_share)) * experts,
             "gate_accuracy": float(seen.gate.accuracy),
             "gate_chance": float(seen.gate.chance),
             "dead_experts": int((seen.usage.active == 0).sum()),
@@ -45,6 +46,11 @@ def step_record(metrics: Metrics, settings: StepConfig, *, step: int, phase: str
         "grad_norm": float(metrics.grad_norm),
         "skipped": bool(metrics.skipped),
     }
+
+
+def _target(moe: MoeConfig, share: float) -> float:
+    """The share of experts that a token is to have: the one asked for, or k of E whatever that is."""
+    return moe.top_k / moe.num_experts if moe.route == "top_k" else share
 
 
 def progress_text(record: Mapping[str, Json]) -> str:
@@ -66,8 +72,8 @@ def figures(
     config: RunConfig,
 ) -> dict[str, Json]:
     """What `summary.json` says of the models."""
-    before, after = final.dead()
-    if config.sparse.moe.route == "top_k":
+    moe, (before, after) = config.sparse.moe, final.dead()
+    if moe.route == "top_k":
         before = after
     series = [value for record in records if (value := observe.number(record, "pi")) is not None]
     integral = F.integrity_integral(torch.tensor(series), delta=config.integrity.delta) if series else None
@@ -81,7 +87,7 @@ def figures(
         "tau": final.mean("tau"),
         "surprise": final.sparse_mean("surprise"),
         "active_fraction": final.sparse_mean("active_share"),
-        "target_active_fraction": config.sparse.density.target,
+        "target_active_fraction": _target(moe, config.sparse.density.target),
         "gate_accuracy": final.sparse_mean("gate_accuracy"),
         "gate_chance": final.sparse_mean("gate_chance"),
         "dead_before_fallback": before,

@@ -111,6 +111,8 @@ def verdict(summary: Mapping[str, Json]) -> str:
     """Say in a sentence or two who came out ahead, and by how much."""
     final, rival = _number(summary, "final_loss"), _number(summary, "dense_continued_loss")
     share = _number(summary, "active_fraction")
+    if rival is None and summary.get("per_domain_dense_continued") is None:
+        return "No verdict: no dense model was trained on beside it."
     if final is None or rival is None:
         return "No verdict: the Hyper-SMoE or the dense model trained on has no finite held-out loss."
     gap = final - rival

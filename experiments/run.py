@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,6 +27,7 @@ run.py --replay DIR [--out NEW]: repeat a finished run and compare
 Presets: tiny (default: the whole pipeline on two CPU cores in minutes), qwen3-0.6b (the real checkpoint in weights/).
 Exit status: 0 done, 1 a replay differed, 2 refused, 3 stopped by steps that are not finite, 130 interrupted.
 """
+PROGRAM = "uv run experiments/run.py"
 CALIBRATION = "File of experiments/calibrating.py, whose tiling takes the place of sparse.moe.backend."
 
 
@@ -56,6 +58,10 @@ def parse(arguments: Sequence[str]) -> Order:
         resume: Annotated[Path | None, tyro.conf.arg(help="Folder of a run to go on with.")] = None,
         replay: Annotated[Path | None, tyro.conf.arg(help="Folder of a finished run to repeat.")] = None,
     ) -> Order:
+        check.require(
+            config.preset == name,
+            f"run.py: a preset is named first, not by --preset: run.py {config.preset} [OPTIONS].",
+        )
         given = resume or replay
         own = f"{given.name}-replay" if replay and given else name
         if given is not None:
@@ -86,7 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         order = parse(arguments)
         folder = order.resume or order.out
-        return _carried_out(order)
+        return _carried_out(order, command(arguments))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -98,11 +104,22 @@ def main(arguments: Sequence[str]) -> int:
         print(stopped, file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
-        print(f"\nInterrupted; go on with: uv run experiments/run.py --resume {folder}", file=sys.stderr)
+        begun = folder is not None and folder.is_dir()
+        print(f"\nInterrupted{f'; go on with: {PROGRAM} --resume {folder}' if begun else '.'}", file=sys.stderr)
         return INTERRUPTED
 
 
-def _carried_out(order: Order) -> int:
+def command(arguments: Sequence[str]) -> str:
+    """What repeats a run that these arguments began, in a folder of its own."""
+    own = list(arguments)
+    for place, argument in enumerate(arguments):
+        if argument == "--out" or argument.startswith("--out="):
+            del own[place : place + 1 + (argument == "--out")]
+            break
+    return shlex.join([*PROGRAM.split(), *own])
+
+
+def _carried_out(order: Order, again: str) -> int:
     if order.replay is not None:
         rows = replay(order.replay, order.out)
         print(f"\n{table(rows)}\n\nReplay: {order.out}")
@@ -111,7 +128,8 @@ def _carried_out(order: Order) -> int:
     if order.resume:
         summary = resume(folder)
     else:
-        summary = run(tiled(order.config, order.calibration) if order.calibration else order.config, folder)
+        config = tiled(order.config, order.calibration) if order.calibration else order.config
+        summary = run(config, folder, command=again)
     print(f"\n{summary_table(summary)}\n\nReport: {folder / 'report.md'}")
     return 0
 

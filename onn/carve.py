@@ -325,12 +325,12 @@ def calibrated(router: Router, x: Tensor, *, share: float, eps: float) -> Router
         eps: of the cosine.
 
     Raises:
-        ValueError: the shared experts alone are more than the share.
+        ValueError: no share, or less than that of the shared experts.
     """
     check.shapes(
         "calibrated", *zip(Router._fields, router, ("float E H", "float E"), strict=True), ("x", x, "float T H")
     )
-    check.require(len(x) > 0, "calibrated: x has no tokens.")
+    check.require(len(x) > 0 and 0 < share <= 1, f"calibrated: expected tokens in x, and 0 < share={share!r} <= 1.")
     affinity = F.cosine_affinity(x, router.prototypes, eps=eps)
     target = torch.tensor(share, dtype=affinity.dtype, device=affinity.device)
     shift = F.share_threshold_shift(affinity, router.thresholds, squash="sigmoid", target=target)

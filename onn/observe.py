@@ -25,7 +25,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from onn import check
+from onn import check, storage
 from onn.config import read_text
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -121,10 +121,7 @@ def read_jsonl(path: Path) -> list[dict[str, Json]]:
 def write_json(path: Path, value: Json) -> None:
     """Write indented strict JSON; `path` holds the old content or the whole new one, never a part."""
     check.instance("write_json", "path", path, Path)
-    text = encode(value, indent=2) + "\n"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    storage.write_text(path, encode(value, indent=2) + "\n")
 
 
 def number(record: Record, key: str) -> float | None:
@@ -245,7 +242,7 @@ def draw_panel(axes: Axes, panel: Panel, placed: Timeline, carve: float | None) 
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     if panel.after_carve and len(values) >= 50:
-        low, high = min(values), sorted(values)[-(len(values) // 50)]
+        low, high = min(values), sorted(values)[-(len(values) // 50) - 1]
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-9)
     if carve is not None and drawn.get("dense"):
         axes.axvline(carve, color="0.5", linestyle=(0, (2, 2)), linewidth=1)

@@ -174,7 +174,7 @@ def fetch_command(manifest: Manifest, folder: Path, *, force: bool) -> str:
     cached = folder.parent.name == "snapshots"
     place = ("--cache-dir", str(folder.parents[2])) if cached else ("--local-dir", str(folder))
     source = (manifest.checkpoint.repository, "--revision", manifest.checkpoint.revision)
-    return shlex.join(("hf", "download", *source, *place, *(("--force-download",) if force else ())))
+    return shlex.join(("uv", "run", "hf", "download", *source, *place, *(("--force-download",) if force else ())))
 
 
 def find(folder: Path, manifest: Manifest) -> Path:

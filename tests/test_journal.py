@@ -81,6 +81,15 @@ def test_stopped_at_any_step_and_resumed_leaves_the_files_of_a_run_never_stopped
     assert contents(folder) == contents(reference)
 
 
+def test_the_first_step_of_a_run_without_a_dense_phase_is_where_strides_begin(tmp_path: Path) -> None:
+    """It is the number 0."""
+    for name, stop in (("whole", STEPS), ("stopped", 5)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "moe", 0, stop)
+    write(tmp_path / "stopped", "moe", 5, STEPS)
+    assert (tmp_path / "stopped" / "trace.jsonl").read_bytes() == (tmp_path / "whole" / "trace.jsonl").read_bytes()
+
+
 def test_a_whole_record_without_its_newline_is_dropped(reference: Path, tmp_path: Path) -> None:
     folder = whole(tmp_path / "run")
     for name in ("metrics.jsonl", "trace.jsonl"):

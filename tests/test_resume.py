@@ -143,7 +143,20 @@ def test_a_run_without_one_whole_checkpoint_begins_anew(
     for manifest in (folder / FOLDER).rglob("manifest.json"):
         flip(manifest)
     pipeline.resume(folder)
-    assert "Going back to the beginning of dense." in capsys.readouterr().err
+    assert "Going back to the last checkpoint within dense, or to its beginning." in capsys.readouterr().err
+    assert_same_run(folder, reference)
+
+
+def test_a_model_that_is_made_anew_is_measured_anew(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(reference, tmp_path / "run")
+    (folder / "summary.json").unlink()
+    for copy in ("model", "model-copy"):
+        flip(folder / FOLDER / f"moe-{copy}" / "model.safetensors")
+    summary = pipeline.resume(folder)
+    assert "moe-figures" not in str(summary["resumed_from"])
+    assert capsys.readouterr().err.count("Going back to the last checkpoint within moe, or to its beginning.") == 2
     assert_same_run(folder, reference)
 
 

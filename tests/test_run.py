@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 from dataclasses import replace
@@ -217,6 +218,12 @@ def test_a_command_line_is_the_preset_with_what_was_changed() -> None:
         (["--sparse.moe.squash", "relu"], "sigmoid"),
         (["--sparse.moe.num-experts", "9"], "num_experts=9"),
         (["--train.checkpoint-every", "-1"], "checkpoint_every=-1"),
+        (["--train.steps", "-5"], "steps=-5"),
+        (["--train.rebirth-scale", "-1"], "rebirth_scale=-1"),
+        (["--sample.prompt-tokens", "0"], "prompt_tokens=0"),
+        (["--sample.new-tokens", "-1"], "new_tokens=-1"),
+        (["--sparse.moe.num-experts", "48"], "num_experts=48"),
+        (["--preset", "qwen3-0.6b"], "run.py qwen3-0.6b"),
         (["--train.on-non-finite", "hope"], "stop"),
         (["--resume", "a", "--seed", "3"], "a brings its own configuration"),
         (["--resume", "a", "--out", "b"], "a brings its own configuration"),
@@ -234,6 +241,12 @@ def test_a_wrong_command_line_is_an_error_that_helps(
     assert status == 2
     printed = capsys.readouterr()
     assert message in printed.err + printed.out
+
+
+@pytest.mark.parametrize("out", [["--out", "a b"], ["--out=a b"], []])
+def test_the_command_of_a_run_repeats_it_in_a_folder_of_its_own(out: list[str]) -> None:
+    again = shlex.split(run.command(["tiny", *out, "--data.path", "my text"]))
+    assert again == ["uv", "run", "experiments/run.py", "tiny", "--data.path", "my text"]
 
 
 def test_help_names_the_presets_and_every_value(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from experiments import run
@@ -13,7 +14,9 @@ from onn.data import Batch, Pool
 from tests.test_run import SIZES
 
 
-def test_every_batch_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What batches are drawn by."""
     drawn: list[Tensor] = []
 
     def heard(pool: Pool, choice: Tensor) -> Batch:
@@ -22,6 +25,21 @@ def test_every_batch_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     sample_batch = data.sample_batch
     monkeypatch.setattr(data, "sample_batch", heard)
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_dense_model_trained_on_reads_what_the_carved_one_reads(
+    drawn: list[Tensor], tmp_path: Path, dtype: str
+) -> None:
+    few = ("--train.dense-steps", "1", "--train.steps", "3", "--train.rebirth-every", "2", "--train.dtype", dtype)
+    assert run.main(["--out", str(tmp_path / "run"), *SIZES, *few]) == 0
+    assert len(drawn) == 1 + 3 + 3
+    for carved, dense in zip(drawn[1:4], drawn[4:], strict=True):
+        assert torch.equal(carved, dense)
+
+
+def test_every_batch_is_drawn_anew(drawn: list[Tensor], tmp_path: Path) -> None:
     few = ("--train.dense-steps", "3", "--train.steps", "4", "--train.no-dense-continued")
     assert run.main(["--out", str(tmp_path / "run"), *SIZES, *few]) == 0
     choices = [tuple(choice.flatten().tolist()) for choice in drawn]

@@ -191,14 +191,16 @@ def test_what_is_not_found_is_listed_with_where_and_how_to_fetch_it(folder: Path
         f"- {root / NAME} lacks {MODEL_FILE}",
         f"- {root / SNAPSHOT} lacks all",
         f"- {root / 'hub' / SNAPSHOT} lacks all",
-        f"Fetch it by hand: hf download {REPOSITORY} --revision {REVISION} --local-dir '{root / NAME}'",
+        f"Fetch it by hand: uv run hf download {REPOSITORY} --revision {REVISION} --local-dir '{root / NAME}'",
     ]
 
 
 def test_a_cache_is_fetched_as_a_cache(folder: Path) -> None:
     manifest = manifest_of(folder, SMALL, tensors=STORED)
     command = weights.fetch_command(manifest, Path("weights/hub") / SNAPSHOT, force=True)
-    assert command == (f"hf download {REPOSITORY} --revision {REVISION} --cache-dir weights/hub --force-download")
+    assert command == (
+        f"uv run hf download {REPOSITORY} --revision {REVISION} --cache-dir weights/hub --force-download"
+    )
 
 
 def test_missing_and_damaged_files_are_all_listed_each_with_its_fault(folder: Path) -> None:
@@ -216,7 +218,8 @@ def test_missing_and_damaged_files_are_all_listed_each_with_its_fault(folder: Pa
         "- b.json: truncated: expected 14 bytes, found 13",
         "- c.json: too long: expected 14 bytes, found 15",
         f"- d.json: damaged, or of another revision: expected sha256 {expected}, found {found}",
-        f"Fetch it by hand: hf download {REPOSITORY} --revision {REVISION} --local-dir {folder} --force-download",
+        f"Fetch it by hand: uv run hf download {REPOSITORY} --revision {REVISION} --local-dir {folder} "
+        "--force-download",
     ]
 
 
