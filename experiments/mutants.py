@@ -138,8 +138,8 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         "surprise_of_pairs_without_weight": Mutation(
             "a dropped factor where only active pairs are computed",
             "onn/functional/kernels/ragged.py",
-            "weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)",
-            "torch.hypot(inner * x_norm, outer * dy_norm)",
+            "weight_surprise(torch.hypot(*(norms * sources).split(1, dim=1)), pairs.weight)",
+            "torch.hypot(*(norms * sources).split(1, dim=1))",
             ("numerics",),
         ),
         "masked_pairs_learn": Mutation(

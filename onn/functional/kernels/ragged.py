@@ -136,13 +136,11 @@ def _weighted(part: Part, rows: Tensor, weight: Tensor) -> Tensor:
     return part.guarded(rows.mul_(weight.expand_as(rows).contiguous() if short else weight), weight)
 
 
-def _norms(local: Local) -> tuple[Tensor, Tensor]:
-    """`unit_norms`, of so few rows at a time that what they are widened to stays in a cache."""
+def _norms(local: Local) -> Tensor:
+    """`unit_norms` [..., 2], of so few rows at a time that what they are widened to stays in a cache."""
     few = max(1, 2**18 // max(local.a[:1].numel(), 1))
-    inner, outer = zip(
-        *(unit_norms(Local(*rows)) for rows in zip(*(t.split(few) for t in local), strict=True)), strict=True
-    )
-    return torch.cat(inner), torch.cat(outer)
+    parts = zip(*(rows.split(few) for rows in local), strict=True)
+    return torch.cat([torch.stack(unit_norms(Local(*rows)), dim=-1) for rows in parts])
 
 
 def _backward(
@@ -195,12 +193,12 @@ def _backward_one(
     dx = x.new_zeros((T + 1, H) if wanted.x else (0, H), dtype=wide)
     bias = x.new_empty((2, E, I) if wanted.bias else 0, dtype=wide)
     squares = x.new_empty((3, E, I) if wanted.squares else 0, dtype=wide)
-    d_weights, inner, outer = of_pairs(1, x.dtype), of_pairs(1, wide), of_pairs(1, wide)
+    d_weights, norms = of_pairs(1, x.dtype), of_pairs(2 if measured else 0, wide)
     products = of_pairs(I if masked else 0, x.dtype)
-    x_norm, dy_norm = inner, outer
+    sources = norms
     if measured or wanted.squares:
-        norms = (vector_norm(rows, dim=-1, keepdim=True, dtype=wide) for rows in (x, dy))
-        x_norm, dy_norm = (extended(norm).index_select(0, pairs.token) for norm in norms)
+        ends = torch.stack([vector_norm(rows, dim=-1, dtype=wide) for rows in (x, dy)], dim=-1)
+        sources = extended(ends).index_select(0, pairs.token)
 
     def first_pass(part: Part) -> None:
         """Everything but what only the least surprised pairs are to give, where these are not known yet."""
@@ -209,10 +207,9 @@ def _backward_one(
         local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
         part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
         if measured:
-            for norm, into in zip(_norms(local), (inner, outer), strict=True):
-                part.put(norm[..., None], into)
+            part.put(_norms(local), norms)
         if wanted.squares:
-            met = matrix_squares(local, weight * part.spread(x_norm), weight * part.spread(dy_norm))
+            met = matrix_squares(local, *(weight * part.spread(sources)).split(1, dim=-1))
             for square, total in zip(met, squares, strict=True):
                 part.total(part.guarded(square, weight), total)
         c1, c3 = (_weighted(part, rows, weight) for rows in (local.c1, local.c3))
@@ -229,9 +226,9 @@ def _backward_one(
 
     for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
         first_pass(part)
-    surprise = inner[:0, 0]
+    surprise = norms.new_empty(0)
     if measured:
-        surprise = weight_surprise(torch.hypot(inner * x_norm, outer * dy_norm), pairs.weight)[:-1, 0]
+        surprise = weight_surprise(torch.hypot(*(norms * sources).split(1, dim=1)), pairs.weight)[:-1, 0]
     if masked:
         kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
         products = products.index_select(0, places)
