@@ -75,6 +75,7 @@ def run(config: RunConfig, folder: Path, *, command: str | None = None) -> Mappi
         Stopped: asked to (Ctrl-C), or by steps that are not finite.
     """
     _require_new(folder)
+    _require_carvable(config)
     meter = Meter()
     with guard.Signals() as signals:
         source = _prepared(config, meter)
@@ -140,6 +141,14 @@ def saved_config(folder: Path) -> RunConfig:
 def _require_new(folder: Path) -> None:
     there = any((folder / name).exists() for name in ("config.json", METRICS))
     check.require(not there, f"run: {folder} holds a run already; choose another --out, or --resume it.")
+
+
+def _require_carvable(config: RunConfig) -> None:
+    neurons, experts = config.model.intermediate_size, config.sparse.moe.num_experts
+    check.require(
+        neurons % experts == 0 and neurons // experts <= qwen3.MAX_EXPERT_SIZE,
+        f"run: {neurons} neurons do not divide into num_experts={experts} of at most {qwen3.MAX_EXPERT_SIZE} each.",
+    )
 
 
 def _prepared(config: RunConfig, meter: Meter) -> Source:

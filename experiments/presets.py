@@ -23,7 +23,7 @@ from onn.objective import (
     StepConfig,
 )
 from onn.observe import Json, decode
-from onn.qwen3 import MAX_EXPERT_SIZE, MoeConfig, Qwen3Config
+from onn.qwen3 import MoeConfig, Qwen3Config
 from onn.tiling import tiling_name
 
 VERSION = 5
@@ -138,14 +138,6 @@ class RunConfig:
     """Of the dense model before the carve."""
     integrity: IntegrityConfig
     sample: SampleConfig
-
-    def __post_init__(self) -> None:
-        """Refuse experts that the model cannot be carved into."""
-        neurons, experts = self.model.intermediate_size, self.sparse.moe.num_experts
-        check.require(
-            neurons % experts == 0 and neurons // experts <= MAX_EXPERT_SIZE,
-            f"run: {neurons} neurons do not divide into num_experts={experts} of at most {MAX_EXPERT_SIZE} each.",
-        )
 
 
 TINY = RunConfig(

@@ -6,10 +6,8 @@ Shape letter: N tokens of a sequence.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +19,6 @@ from onn.corpus import Corpus, Part, build, byte_tensor, check_share, plain_part
 
 START, END, SEPARATOR = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 ROLES = ("system", "user", "assistant", "tool")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 TEXT_SUFFIXES = (".md", ".py", ".txt")
 
 
@@ -81,8 +78,7 @@ class HubTokenizer:
     """A tokenizer of transformers, read from a local folder; tokens are int32."""
 
     def __init__(self, folder: Path) -> None:
-        """Read `tokenizer.json`, `tokenizer_config.json` and `config.json`, and nothing else that may lie beside them;
-        never asks the network and runs no code from the folder.
+        """Read `tokenizer.json` and `tokenizer_config.json`; never asks the network and runs no code from the folder.
 
         Raises:
             ValueError: `folder` holds no `tokenizer.json`, or transformers cannot read it.
@@ -94,11 +90,7 @@ class HubTokenizer:
         self._folder = folder
         try:
             Reader.from_file(str(folder / "tokenizer.json"))  # where this fails transformers looks for other files
-            with TemporaryDirectory() as alone:
-                for name in _TOKENIZER_FILES:
-                    if (folder / name).is_file():
-                        shutil.copyfile(folder / name, Path(alone, name))
-                self._backend = AutoTokenizer.from_pretrained(alone, local_files_only=True, trust_remote_code=False)
+            self._backend = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library underneath raises plain ones
             reason = check.shown(f"{type(error).__name__}: {error}", quoted=False)
             raise ValueError(f"HubTokenizer: {folder} holds no tokenizer that can be read: {reason}.") from error

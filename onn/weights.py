@@ -58,6 +58,8 @@ _SUPPORTED: Mapping[str, object] = MappingProxyType(
 )
 """Keys of `config.json` that may be absent, each with the one value that this library computes."""
 _MISSING = "missing"
+_TOKENIZER_FILES = ("added_tokens.json", "special_tokens_map.json")
+"""What transformers reads beside `tokenizer.json` and `tokenizer_config.json` where it is there."""
 _STORED_DTYPES = MappingProxyType({"bfloat16": "BF16", "float16": "F16", "float32": "F32"})
 
 
@@ -203,7 +205,8 @@ def find(folder: Path, manifest: Manifest) -> Path:
 
 def verify(folder: Path, manifest: Manifest) -> None:
     """Check a checkpoint: every file exists, with the size and the hash of the manifest; `config.json` and the names,
-    shapes and dtypes of the tensors are those of the manifest's architecture.
+    shapes and dtypes of the tensors are those of the manifest's architecture; and no file that it does not list would
+    change the tokenizer.
 
     Raises:
         ValueError: which file, what was expected, what was found, and the command that fetches it.
@@ -238,7 +241,8 @@ def _problem(path: Path, file: File) -> str:
 
 def _verify_content(folder: Path, manifest: Manifest) -> None:
     checkpoint, model_files = manifest.checkpoint, _model_files(folder)
-    for file in (folder / CONFIG_FILE, *model_files):
+    unseen = [folder / name for name in _TOKENIZER_FILES if (folder / name).exists()]
+    for file in (folder / CONFIG_FILE, *model_files, *unseen):
         check.require(file.name in manifest.files, f"the manifest of {manifest.name} does not list {file.name}.")
     config, expected = read_config(folder / CONFIG_FILE), checkpoint.architecture
     check.require(config == expected, f"{CONFIG_FILE}: expected {expected}, found {config}.")

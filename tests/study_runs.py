@@ -111,6 +111,7 @@ def specialisation(what: Key, *, tasks: int = 4, experts: int = 16) -> Specialis
         saturation=tuple(np.linspace(0.4, 1.0, tasks + 1).tolist()),
         coactivation=0.3,
         vocabulary=(vocabulary("input", experts), vocabulary("target", experts)),
+        course=tuple(np.linspace(0.19, 0.21, tasks + 1).tolist()),
     )
 
 

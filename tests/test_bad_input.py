@@ -79,7 +79,7 @@ def test_a_number_too_large_for_a_float_is_refused_by_name(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_none_is_not_saved_either(value: float) -> None:
-    broken = replace(presets.TINY, sample=replace(presets.TINY.sample, temperature=value))
+    broken = replace(presets.TINY, data=replace(presets.TINY.data, held_out=value))
     refused(lambda: presets.save(broken), repr(value))
 
 

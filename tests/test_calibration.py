@@ -193,7 +193,7 @@ def test_a_run_takes_a_measured_tiling_into_its_configuration(
 ) -> None:
     configured: list[RunConfig] = []
 
-    def pretended(config: RunConfig, folder: Path) -> Mapping[str, Json]:
+    def pretended(config: RunConfig, folder: Path, *, command: str) -> Mapping[str, Json]:
         configured.append(config)
         folder.mkdir()
         (folder / "config.json").write_text(encode(presets.save(config), indent=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -82,7 +84,10 @@ def untrained(data: Tasks, family: str) -> tuple[Specialisation, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(specialisation, "PERMUTATIONS", 20)
         patch.setattr(measures, "saturation", saturation)
-        trained = Trained([], net, torch.zeros(1, experts), [torch.ones(1, 1, experts, dtype=torch.bool)])
+        count, size = data.held_labels.shape
+        everyone = torch.ones(1, count * size, experts, dtype=torch.bool)
+        own = torch.arange(count).repeat_interleave(size)[:, None] == torch.arange(experts)
+        trained = Trained([], net, torch.zeros(1, experts), [everyone, own[None]])
         (found,) = specialisation.specialisations([Job(key, "evaluation", ARMS["all"])], [0], trained, {5: data})
     return found, seen[0]
 
@@ -118,6 +123,12 @@ def test_text_has_vocabularies_of_what_is_read_and_of_what_comes_next(shared: te
     agrees(following, active, data.held_labels.flatten())
     assert read.mean > max(read.permuted)
     assert read.mean > following.mean
+
+
+def test_the_course_of_information_begins_before_the_first_task() -> None:
+    """None where all experts serve all tasks, all there is where each serves its own."""
+    found, _ = untrained(data := digits(5, turned=True, bank=BANK), "digits-rotated")
+    assert found.course == pytest.approx([0.0, math.log(len(data.held_labels))], abs=BOUND)
 
 
 def test_digits_have_a_vocabulary_of_classes() -> None:

@@ -235,20 +235,35 @@ def test_the_bounded_form_is_consolidate_and_by_weight_the_steps_are_those_of_ad
 @given(seed=SEEDS)
 def test_replay_takes_the_mean_of_both_gradients_and_a_gem_never_steps_against_the_stored(seed: int) -> None:
     before, _ = start(seed, job())
-    batch, stored = examples(seed + 20), examples(seed + 70)
-
-    def gradient(given: Examples) -> Net:
-        def value(model: Net) -> Tensor:
-            seen = forward(model, given.inputs, given.residual, lambda affinity: rank(-affinity) < 3)
-            return cross_entropy(seen.logits, given.labels)
-
-        return tree.grad(value)(before.net)
-
-    new, old = gradient(batch), gradient(stored)
+    new, old = (gradient(before.net, examples(seed + shift)) for shift in (20, 70))
     mean = tree.map2(lambda a, b: (a + b) / 2, new, old)
     for one, expected in ((job(replay=True), mean), (job(project=True), projected(new, old))):
         got = run(one, seed, 1)
         assert_close(tree.map2(lambda a, b: (a - b) / 0.1, before.net, got.net), expected, bound=BOUND)
+
+
+@settings(max_examples=8)
+@given(seed=SEEDS)
+def test_a_gem_looks_at_what_learns_alone(seed: int) -> None:
+    one = job(project=True)
+    before, kind = start(seed, one)
+    batch, stored = examples(seed + 20), examples(seed + 70)
+    frozen = plastic()._replace(readout=torch.zeros((), dtype=torch.float64))
+    after, _ = step(before, batch, stored, uniform(seed), lane(one), frozen, needs=kind)
+    new, old = (gradient(before.net, given) for given in (batch, stored))
+    still = torch.zeros_like(new.readout)
+    expected = projected(new._replace(readout=still), old._replace(readout=still))
+    assert_close(tree.map2(lambda a, b: (a - b) / 0.1, before.net, after.net), expected, bound=BOUND)
+
+
+def gradient(model: Net, given: Examples) -> Net:
+    """Of the loss where the three nearest experts are active."""
+
+    def value(model: Net) -> Tensor:
+        seen = forward(model, given.inputs, given.residual, lambda affinity: rank(-affinity) < 3)
+        return cross_entropy(seen.logits, given.labels)
+
+    return tree.grad(value)(model)
 
 
 def projected(new: Net, old: Net) -> Net:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import unicodedata
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from tokenizers import Tokenizer as Backend
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from onn.documents import END, SEPARATOR, START, ByteTokenizer, HubTokenizer, Tokenizer
-from tests.support import assert_same
 
 SPECIAL = (SEPARATOR, START, END)
 ADDED = ("<tool_response>", "</tool_response>")
@@ -150,16 +148,6 @@ def test_decoding_undoes_any_sequence_of_text_and_special_tokens(hub: HubTokeniz
 def test_an_unknown_special_token_is_named_with_the_nearest(hub: HubTokenizer) -> None:
     with pytest.raises(ValueError, match=r"unknown special token='<\|im_stop\|>'; did you mean '<\|im_start\|>'"):
         hub.special("<|im_stop|>")
-
-
-def test_files_that_nobody_verifies_change_nothing(hub: HubTokenizer, folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(folder, tmp_path / "more")
-    (tmp_path / "more" / "added_tokens.json").write_text('{"Hello world": 7}')
-    (tmp_path / "more" / "special_tokens_map.json").write_text('{"pad_token": "Hello"}')
-    other = HubTokenizer(tmp_path / "more")
-    assert other.vocabulary == hub.vocabulary
-    assert_same(other.encode("Hello world, Hello"), hub.encode("Hello world, Hello"))
-    assert_same(other.separator, hub.separator)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -305,6 +305,10 @@ def test_nothing_is_read_that_the_manifest_does_not_list(folder: Path) -> None:
     for name in (MODEL_FILE, CONFIG_FILE):
         listed = {file: facts for file, facts in manifest.files.items() if file != name}
         assert f"the manifest of {NAME} does not list {name}" in refusal(folder, replace(manifest, files=listed))
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (folder / name).write_text("{}")
+        assert f"the manifest of {NAME} does not list {name}" in refusal(folder, manifest)
+        (folder / name).unlink()
 
 
 def test_several_files_are_verified_and_loaded_as_one(tmp_path: Path) -> None:

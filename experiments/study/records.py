@@ -77,3 +77,5 @@ class Specialisation(NamedTuple):
     """Mean over pairs of distinct experts of P(both active) / min(P(one), P(other)); 0 for pairs of an unused one."""
     vocabulary: tuple[Vocabulary, ...] = ()
     """Of each kind of symbols that the family has."""
+    course: tuple[float, ...] = ()
+    """[tasks + 1]: I(expert; task) before the first task, where prototypes are random, and after each."""

@@ -245,16 +245,22 @@ def _specialisation(found: Sequence[Specialisation], place: tuple[str, str]) -> 
                 figures.name(one),
                 str(one.key.seed),
                 number(one.information),
+                number(one.course[0]) if one.course else "-",
                 *among(one.information, one.permuted),
                 f"{sum(count == 0 for count in usage)} of {len(usage)}",
                 number(one.coactivation),
             )
         )
-    header = ("model", "seed", "information [nats]", "when permuted, mean", "p", "experts never used", "co-activation")
+    header = (
+        *("model", "seed", "information [nats]", "before any training", "when permuted, mean", "p"),
+        *("experts never used", "co-activation"),
+    )
     yield Table(header, rows)
     yield Text(
-        "Information of expert and task over the active pairs of held-out tokens; p: the share of permutations that "
-        "reach it. Co-activation: P(both active) over the smaller P(one active), mean over pairs of experts."
+        "Information of expert and task over the active pairs of held-out tokens. A random router has it, too, as far "
+        "as the inputs of tasks differ: what was learnt is the difference to before any training. p, the share of "
+        "permutations that reach it, does not tell that. Co-activation: P(both active) over the smaller P(one active), "
+        "mean over pairs of experts."
     )
     yield from _vocabulary(found)
     yield from figures.of_specialisation(found, place)
@@ -328,6 +334,8 @@ LIMITS = (
     "else here, the order of a table included, is a **lead**: the best of many arms looks better than it is.",
     "Seeds are paired: all arms of a seed see the same tasks, first weights and order of examples. Intervals are over "
     "those seeds, and say nothing of other data, banks or schedules.",
+    "Rates are chosen by the few seeds of tuning. Where two arms are close these may decide a verdict on accuracy: "
+    "look on the frontier whether it holds for neighbouring rates.",
     "More accuracy at the end can come from less forgetting or from more learning, and less forgetting from learning "
     "less. Compare at equal learning: the frontier, not a single row.",
     "Freezing the experts, random choice and a lowered rate can forget less too. A rule by surprise has shown "

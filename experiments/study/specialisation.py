@@ -56,6 +56,7 @@ def _of_lane(job: Job, n: int, trained: Trained, data: Tasks) -> Specialisation:
         saturation=tuple(measures.saturation(active[n], seen.active) for active in trained.active),
         coactivation=measures.coactivation(seen.active),
         vocabulary=tuple(_vocabulary(seen.active, *named, order) for named in _symbols(data).items()),
+        course=tuple(measures.information(measures.usage(was[n], task, tasks=count)) for was in trained.active),
     )
 
 

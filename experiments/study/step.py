@@ -64,9 +64,9 @@ def step(
 
     learnt = learnt_from(batch)
     grads, rows = learnt.grads, learnt.rows
-    ledger = _entered(ledger, learnt, lane, needs)
+    ledger, steps = _entered(ledger, learnt, lane, needs), rates(net, plastic, lane)
     if needs.memory:
-        grads = _remembered(grads, learnt_from(memory).grads, lane)
+        grads = _remembered(grads, learnt_from(memory).grads, steps, lane)
     keep = _experts_that_learn(grads.experts, ledger, lane)
     grads = grads._replace(experts=masked(grads.experts, keep))
     importance = tree.map2(
@@ -84,7 +84,6 @@ def step(
     learns = F.expert_norms(penalised.experts) != 0
     ledger = ledger._replace(turns=ledger.turns + learns, steps=ledger.steps + 1)
     moments, course = direction(state.moments, penalised, ledger, learns, lane)
-    steps = rates(net, plastic, lane)
     shrink = where_learns(tree.map2(lambda p, rate: rate * WEIGHT_DECAY * lane.adam * p, net, steps), learns)
     moved = tree.map2(
         torch.mul, tree.map2(torch.mul, course, hardening(importance, learnt.shares, penalties, net, lane)), steps
@@ -136,9 +135,13 @@ def _entered(ledger: Ledger, learnt: Learnt, lane: Lane, needs: Needs) -> Ledger
     )
 
 
-def _remembered(grads: Net, stored: Net, lane: Lane) -> Net:
-    """The gradients with those of stored examples: their mean (replay) or projected (A-GEM, 1812.00420)."""
-    dot, norm = _inner(stored, grads), _inner(stored, stored)
+def _remembered(grads: Net, stored: Net, steps: Net, lane: Lane) -> Net:
+    """The gradients with those of stored examples: their mean (replay) or projected (A-GEM, 1812.00420).
+
+    Projected is what learns alone: where `steps` are 0 there is nothing to forget by.
+    """
+    moving = tree.map2(lambda g, rate: torch.where(rate != 0, g, 0), stored, steps)
+    dot, norm = _inner(moving, grads), _inner(moving, moving)
     against = torch.where(lane.project & (dot < 0), dot / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0)
     return tree.map2(lambda g, old: torch.where(lane.replay, (g + old) / 2, g - against * old), grads, stored)
 

@@ -21,6 +21,7 @@ from experiments.progress import progress
 from experiments.study.arms import BASE_ACTIVE
 from experiments.study.net import Net
 from experiments.study.tasks import HIDDEN, Bank, Tasks
+from experiments.workers import one_thread
 from onn import carve, data, qwen3, train
 from onn.corpus import Corpus, embedded_corpus
 from onn.objective import OptimConfig, StepConfig
@@ -63,15 +64,16 @@ def dense(bank: Bank) -> Qwen3Config:
 
 
 def trunk(bank: Bank) -> Trunk:
-    """The dense model, trained, and all that its carved layer will see."""
+    """The dense model, trained on one thread as all runs are, and all that its carved layer will see."""
     corpus, config = embedded_corpus(bytes_per_domain=BYTES, held_out=0.1, seed=0), dense(bank)
-    model = _trained(corpus, config)
-    return Trunk(
-        bank=bank,
-        model=model,
-        train=_positions(model, corpus.train, corpus.train_mask, config=config, wanted=TRAIN),
-        held_out=_positions(model, corpus.held_out, corpus.held_out_mask, config=config, wanted=HELD_OUT),
-    )
+    with one_thread():
+        model = _trained(corpus, config)
+        return Trunk(
+            bank=bank,
+            model=model,
+            train=_positions(model, corpus.train, corpus.train_mask, config=config, wanted=TRAIN),
+            held_out=_positions(model, corpus.held_out, corpus.held_out_mask, config=config, wanted=HELD_OUT),
+        )
 
 
 def _trained(corpus: Corpus, config: Qwen3Config) -> Model:

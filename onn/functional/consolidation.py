@@ -50,7 +50,7 @@ def consolidate(grads: Experts, importance: Tensor, *, form: Form, strength: flo
     bound = 1 + strength * rows / mean.clamp_min(eps) if strength else torch.ones_like(rows)
     scale = (torch.rsqrt(rows + eps) if form == "root" else 1 / bound)[..., None]
     scales = scale.expand(3, *scale.shape[-3:])
-    return Experts(*((g.to(own.dtype) * own).to(g.dtype) for g, own in zip(grads, scales, strict=True)))
+    return Experts(*((g * own).to(g.dtype) for g, own in zip(grads, scales, strict=True)))
 
 
 def matrix_shares(squares: Tensor) -> Tensor:
