@@ -100,7 +100,7 @@ def run_tests(copy: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
         len(where) == 2 and all(Path(file).resolve().is_relative_to(copy.resolve()) for file in where),
         f"mutations: expected to import from {copy}, found {where}.",
     )
-    return python("-m", "pytest", "-x", "--tb=short", "-rfE", "-p", "no:cacheprovider", *tests)
+    return python("-m", "pytest", "--numprocesses=0", "-x", "--tb=short", "-rfE", "-p", "no:cacheprovider", *tests)
 
 
 def tried(mutation: Mutation, *, quick: bool) -> Outcome:

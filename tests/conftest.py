@@ -15,6 +15,11 @@ settings.register_profile(
 )
 settings.load_profile("onn")
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts, whose bits it may compare
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
