@@ -137,6 +137,9 @@ def _sparse(
     def mean(values: Iterable[Tensor], weights: Tensor) -> Tensor:
         return (torch.stack(list(values)).double() * weights).sum() / weights.sum()
 
+    def total(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(values)).sum(dim=0)
+
     surprise = mean((row.surprise for row in columns), pairs)
     return SparseFigures(
         batches=len(rows),
@@ -149,11 +152,9 @@ def _sparse(
         active_share=float(mean((row.active_share for row in columns), tokens)),
         gate_accuracy=float(mean((row.gate.accuracy for row in columns), tokens)),
         gate_chance=float(mean((row.gate.chance for row in columns), tokens)),
-        routed=torch.stack([row.usage.routed for row in columns]).sum(dim=0),
-        active=torch.stack([row.usage.active for row in columns]).sum(dim=0),
-        surprise_sum=torch.stack([row.surprise_by_expert.nan_to_num() * row.usage.active for row in columns]).sum(
-            dim=0
-        ),
+        routed=total(row.usage.routed for row in columns),
+        active=total(row.usage.active for row in columns),
+        surprise_sum=total(row.surprise_by_expert.nan_to_num() * row.usage.active for row in columns),
     )
 
 

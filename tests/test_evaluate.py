@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments import records
-from experiments.evaluate import DomainFigures, evaluate
+from experiments.evaluate import DomainFigures, Evaluation, evaluate
 from experiments.presets import TINY
 from onn import tree
 from onn.data import Batch
@@ -43,11 +43,14 @@ def test_held_out_figures_do_not_depend_on_how_windows_are_cut_into_batches() ->
 
 
 @pytest.mark.parametrize(("route", "share"), [("threshold", TINY.sparse.density.target), ("top_k", 3 / 32)])
-def test_under_top_k_the_target_is_k_of_all_and_there_is_no_fallback(route: str, share: float) -> None:
+def test_under_top_k_the_target_is_k_of_all_and_there_is_no_fallback(
+    route: str, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evaluation, "dead", lambda self: (4, 1))
     moe = replace(TINY.sparse.moe, route="top_k" if route == "top_k" else "threshold", top_k=3)
     config = replace(TINY, sparse=replace(TINY.sparse, moe=moe))
     figures = evaluate(carved_state(dtype=torch.float32).model, {"text": [batch(0)]}, config=SETTINGS)
     told = records.figures(figures, figures, figures, None, [], config)
     assert told["target_active_fraction"] == share
-    if route == "top_k":
-        assert told["dead_before_fallback"] == told["dead_after_fallback"]
+    dead = (told["dead_before_fallback"], told["dead_after_fallback"])
+    assert dead == ((1, 1) if route == "top_k" else (4, 1))

@@ -40,7 +40,7 @@ def test_the_dense_model_trained_on_reads_what_the_carved_one_reads(
 
 
 def test_every_batch_is_drawn_anew(drawn: list[Tensor], tmp_path: Path) -> None:
-    few = ("--train.dense-steps", "3", "--train.steps", "4", "--train.no-dense-continued")
+    few = ("--train.dense-steps", "3", "--train.steps", "4", "--train.no-dense-continued", "--train.rebirth-every", "0")
     assert run.main(["--out", str(tmp_path / "run"), *SIZES, *few]) == 0
     choices = [tuple(choice.flatten().tolist()) for choice in drawn]
     assert len(choices) == 3 + 4

@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Mode
 import onn.functional as F
 from onn import check, qwen3, tree
 from onn.config import Value, from_dict
-from onn.functional.kernels.precision import as_given
+from onn.functional.kernels.precision import as_given, autocasts
 from onn.functional.transform import Taps
 from onn.qwen3 import MAX_EXPERT_SIZE, MoeConfig
 
@@ -122,13 +122,13 @@ class OnnMoe(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, S, H] to [B, S, H]; under autocast in its dtype, as the linear layers beside it."""
         moe = qwen3.Moe(experts=self.experts(), router=self.router())
-        x, device = hidden_states.flatten(0, 1), hidden_states.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        x, device = hidden_states.flatten(0, 1), hidden_states.device
+        if autocasts(device):
+            dtype = torch.get_autocast_dtype(device.type)
             narrow = tree.map1(lambda leaf: leaf.to(dtype), (*moe.experts, moe.router.prototypes))
             moe = qwen3.Moe(F.Experts(*narrow[:3]), moe.router._replace(prototypes=narrow[3]))
             x = x.to(dtype)
-        with as_given(hidden_states.device):
+        with as_given(device):
             y, _ = qwen3.moe_forward(moe, x, self.taps, config=self.config)
         return y.view_as(hidden_states)
 

@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def as_given(device: torch.device) -> AbstractContextManager[object]:
     """Without autocast: what is inside computes in the dtypes of what it is given."""
-    kind = device.type
-    automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if automatic else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
