@@ -3,10 +3,12 @@
 `uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
 families of digits, half an hour on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer:
 rates and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its controls
-along the whole grid of rates. A study that was stopped goes on in its folder. `--regime everything` trains features
-and read-out too, `--experts` and `--width` set the size of the bank, `--explore` changes one number of surprise
-consolidation at a time: verdicts hold for the regime and the bank that were run. Expected: `report.html` with
-verdicts, tables and figures, `results.json` with every run; `experiments/LOG.md` has the figures of the last one.
+along the whole grid of rates and every other arm of a claim next to its own: a verdict on accuracy counts only where
+the rates that the other seeds choose bear it out. A study that was stopped goes on in its folder. `--regime
+everything` trains features and read-out too, `--experts` and `--width` set the size of the bank, `--explore` changes
+one number of surprise consolidation at a time: verdicts hold for the regime and the bank that were run. Expected:
+`report.html` with verdicts, tables and figures, `results.json` with every run; `experiments/LOG.md` has the figures of
+the last one.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from experiments.study.arms import (
     Optimizer,
     rates,
 )
-from experiments.study.contrasts import best
+from experiments.study.contrasts import best, primary
 from experiments.study.crew import Crew, Work, carried_out, share
 from experiments.study.lanes import Job
 from experiments.study.records import Key, Run, Stage
@@ -137,6 +139,25 @@ class Study:
         self._keep([run for run in evaluated if ("frontier", run.key) not in self.runs])
         self._make(Job(key, "frontier", arms[key.arm]) for key in keys if not self._is_evaluated(key))
 
+    def look_around(self, arms: Mapping[str, Arm]) -> None:
+        """Every other arm of a claim on ACC at the rates next to that of its best optimizer as tuned, on all seeds."""
+        claimed = {side.arm for one in primary() if one.measure == "ACC" for side in (one.first, one.second)}
+        self._make(
+            Job(self.key(name, optimizer, near, strength, seed), "neighbour", arm)
+            for name, arm in arms.items()
+            if name in claimed.difference(FRONTIER) and not arm.matched
+            if (optimizer := self._best(name, arm)) is not None
+            for rate, strength in [self._tuned(name, arm, optimizer)]
+            for near in rates(optimizer)
+            if near in (rate / 2, rate * 2)
+            for seed in range(self.options.seeds)
+        )
+
+    def _best(self, name: str, arm: Arm) -> Optimizer | None:
+        tried = list(self.runs.values())
+        found = best(tried, self.family, self.options.regime, name, arm.optimizers)
+        return next((optimizer for optimizer in arm.optimizers if optimizer == found), None)
+
     def _tuned(self, name: str, arm: Arm, optimizer: Optimizer) -> tuple[float, float]:
         """The rate and strength of highest mean ACC; ties go to the lower rate."""
         if arm.matched:
@@ -204,8 +225,7 @@ class Study:
         key = job.key
         if job.stage != "evaluation" or key.arm not in SPECIALISED or key.seed >= LOOKED_AT:
             return False
-        tried = list(self.runs.values())
-        return best(tried, self.family, key.regime, key.arm, job.arm.optimizers) == key.optimizer
+        return self._best(key.arm, job.arm) == key.optimizer
 
 
 def run(options: Options) -> Path:
@@ -242,6 +262,7 @@ def run(options: Options) -> Path:
             study.tune(arms)
             study.evaluate(arms, "evaluation")
             study.trace(arms)
+            study.look_around(arms)
             study.tune(explored)
             study.evaluate(explored, "exploration")
             known |= study.runs
@@ -292,7 +313,7 @@ def tasks_of(family: Family, seeds: int, bank: Bank) -> Mapping[int, Tasks]:
     wanted = (*TUNING_SEEDS, *range(seeds))
     if family == "text":
         shared = trunk(bank)
-        return {seed: text(shared, seed) for seed in wanted}
+        return {seed: text(shared, shared.tuning if seed in TUNING_SEEDS else shared.test, seed) for seed in wanted}
     return {seed: digits(seed, turned=family == "digits-rotated", bank=bank) for seed in wanted}
 
 

@@ -275,6 +275,27 @@ def test_the_rule_of_verdicts(excess: float, p_holm: float, p_equivalent: float,
     assert contrasts.decide(excess=excess, p_holm=p_holm, p_equivalent=p_equivalent) == verdict
 
 
+@pytest.mark.parametrize(
+    ("gain", "verdict"), [(0.0, "supported"), (0.04, "supported"), (0.1, "unsteady"), (0.2, "unsteady")]
+)
+def test_a_verdict_that_a_better_rate_of_the_other_arm_takes_back_is_unsteady(gain: float, verdict: str) -> None:
+    """`frozen-experts` is 0.1 below `smk-2` as tuned, and `gain` better at a rate next to that."""
+    runs = study()
+    nearby = [
+        made(
+            "frozen-experts", seed=run.key.seed, learning=statistics.scores(run.scores).accuracy + gain, transfer=0.0
+        )._replace(stage="neighbour", key=run.key._replace(lr=0.2))
+        for run in contrasts.pick(runs, "digits-permuted", "experts", "frozen-experts", "adamw").values()
+    ]
+    before, after = (by_claim(contrasts.findings(kept)[0])("not training") for kept in (runs, [*runs, *nearby]))
+    assert before.rechosen is not None
+    assert before.rechosen.mean == pytest.approx(before.interval.mean, abs=BOUND)
+    assert after.rechosen is not None
+    assert after.rechosen.mean == pytest.approx(0.1 - gain, abs=BOUND)
+    assert after._replace(rechosen=None, verdict=before.verdict) == before._replace(rechosen=None)
+    assert after.verdict == verdict
+
+
 def test_pick_gives_the_evaluation_runs_of_an_arm_by_seed() -> None:
     found = contrasts.pick(study(), "digits-permuted", "experts", "smk-2", "sgd")
     assert sorted(found) == list(SEEDS)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ParamSpec, TypeVar
 
 import pytest
@@ -15,7 +16,7 @@ from experiments import forgetting
 from experiments.forgetting import Options
 from experiments.noise import generator
 from experiments.study import crew, runs, store, tasks, text
-from experiments.study.arms import ARMS, EXPLORATIONS, rates
+from experiments.study.arms import ARMS, EXPLORATIONS, OPTIMIZERS, rates
 from experiments.study.lanes import Job, needs
 from experiments.study.net import EPS
 from experiments.study.records import Key, Run
@@ -179,16 +180,19 @@ def test_the_tasks_of_every_family_have_the_bank_asked_for(monkeypatch: pytest.M
     made = forgetting.tasks_of("digits-rotated", 1, bank)
     assert set(made) == {*forgetting.TUNING_SEEDS, 0}
     assert {tuple(data.net.experts.gate.shape) for data in made.values()} == {(*bank, tasks.HIDDEN)}
-    seen: list[tuple[Bank, int]] = []
+    seen: list[tuple[Bank, str, int]] = []
 
-    def of_text(shared: Bank, seed: int) -> Tasks:
-        seen.append((shared, seed))
+    def of_text(shared: SimpleNamespace, texts: str, seed: int) -> Tasks:
+        seen.append((shared.bank, texts, seed))
         return made[seed]
 
-    monkeypatch.setattr(forgetting, "trunk", lambda asked: asked)
+    def trunk(asked: Bank) -> SimpleNamespace:
+        return SimpleNamespace(bank=asked, test="test", tuning="tuning")
+
+    monkeypatch.setattr(forgetting, "trunk", trunk)
     monkeypatch.setattr(forgetting, "text", of_text)
     assert set(forgetting.tasks_of("text", 1, bank)) == set(made)
-    assert seen == [(bank, seed) for seed in made]
+    assert seen == [(bank, "test" if seed == 0 else "tuning", seed) for seed in made]
 
 
 def test_an_arm_that_selects_nothing_of_a_small_bank_is_updating_everything_and_told_to_be() -> None:
@@ -268,6 +272,23 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_results(tmp_path: Path, mo
     assert results[0].specialisations == results[1].specialisations
     seeds = {run.stage: {r.key.seed for r in results[0].runs if r.stage == run.stage} for run in results[0].runs}
     assert seeds == {"tuning": {1000}, "evaluation": {0, 1}, "frontier": {0, 1}}
+
+
+@pytest.mark.usefixtures("_small_digits")
+def test_arms_of_a_claim_on_accuracy_are_run_next_to_their_rate_under_their_best_optimizer(tmp_path: Path) -> None:
+    forgetting.run(small(tmp_path, arms=("balance-route", "loss-route", "root-neuron", "matched", "smk-2")))
+    made = store.read_results(tmp_path / store.RESULTS).runs
+    near = [run.key for run in made if run.stage == "neighbour"]
+    (optimizer,) = (name for name in OPTIMIZERS if name in {key.optimizer for key in near})
+    tried = [run for run in made if run.stage == "tuning" and run.key.arm == "balance-route"]
+    assert max(tried, key=lambda run: sum(run.scores[-1])).key.optimizer == optimizer
+    (tuned,) = {
+        run.key.lr for run in made if run.stage == "evaluation" and run.key[2:4] == ("balance-route", optimizer)
+    }
+    assert {(key.arm, key.lr, key.seed) for key in near} == {
+        ("balance-route", rate, seed) for rate in rates(optimizer) if rate in (tuned / 2, tuned * 2) for seed in (0, 1)
+    }
+    assert near
 
 
 def test_a_matched_arm_brings_what_it_is_matched_to() -> None:

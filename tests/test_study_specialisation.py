@@ -34,10 +34,8 @@ def shared() -> text.Trunk:
         [torch.randint(97, 123, (400,), generator=chance, dtype=torch.uint8) for _ in range(DOMAINS)] for _ in range(2)
     )
     marks = [torch.ones(400, dtype=torch.bool)] * DOMAINS
-    positions = (
-        text._positions(model, part, marks, config=config, wanted=2 * text.LENGTH) for part in (train, held_out)
-    )
-    return text.Trunk(BANK, model, *positions)
+    parts = [text._positions(model, part, marks, config=config, wanted=2 * text.LENGTH) for part in (train, held_out)]
+    return text.Trunk(BANK, model, *(text.Texts(*part) for part in zip(*parts, strict=True)))
 
 
 def windows(values: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ def windows(values: Tensor) -> Tensor:
 
 
 def test_held_tokens_are_what_is_read_where_the_labels_are_what_comes_next(shared: text.Trunk) -> None:
-    data = text.text(shared, 1)
+    data = text.text(shared, shared.test, 1)
     read, following = windows(data.held_tokens), windows(data.held_labels)
     assert read.dtype == torch.int64
     assert torch.equal(read[..., 1:], following[..., :-1])
@@ -55,13 +53,22 @@ def test_held_tokens_are_what_is_read_where_the_labels_are_what_comes_next(share
         inputs, residual = text.before_last_mlp(shared.model, tokens, config=text.dense(BANK))
         assert_same(inputs, data.held_inputs[task])
         assert_same(residual, data.held_residual[task])
-    assert_same(data.held_tokens, shared.held_out.tokens[[1, 2, 0]])
+    assert_same(data.held_tokens, shared.test.held_out.tokens[[1, 2, 0]])
+
+
+def test_tuning_reads_other_windows_than_the_test(shared: text.Trunk) -> None:
+    """400 bytes in 4 windows of 64: none of one shares a byte with one of the other."""
+    for one, other in zip(shared.test, shared.tuning, strict=True):
+        assert one.labels.shape == other.labels.shape == (DOMAINS, 2 * text.LENGTH)
+        for mine, theirs in zip(windows(one.tokens), windows(other.tokens), strict=True):
+            stretches = {tuple(row[at : at + 8].tolist()) for row in mine for at in range(text.LENGTH - 8)}
+            assert not stretches & {tuple(row[at : at + 8].tolist()) for row in theirs for at in range(text.LENGTH - 8)}
 
 
 def test_the_bank_of_text_has_the_size_asked_for_and_a_quarter_of_its_sum_is_the_dense_layer(
     shared: text.Trunk,
 ) -> None:
-    data = text.text(shared, 1)
+    data = text.text(shared, shared.test, 1)
     assert data.net.experts.gate.shape == (*BANK, HIDDEN)
     assert data.net.prototypes.shape == (BANK.experts, HIDDEN)
     x, last = data.inputs[0], shared.model.layers[-1].mlp
@@ -115,7 +122,7 @@ def agrees(found: Vocabulary, active: Tensor, symbol: Tensor) -> None:
 
 
 def test_text_has_vocabularies_of_what_is_read_and_of_what_comes_next(shared: text.Trunk) -> None:
-    data = text.text(shared, 5)
+    data = text.text(shared, shared.test, 5)
     found, active = untrained(data, "text")
     read, following = found.vocabulary
     assert (read.symbols, following.symbols) == ("input", "target")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -28,7 +29,7 @@ KEYS = st.builds(
     strength=FLOATS,
     seed=st.integers(),
 )
-STAGES: st.SearchStrategy[Stage] = st.sampled_from(["tuning", "evaluation", "frontier", "exploration"])
+STAGES: st.SearchStrategy[Stage] = st.sampled_from(get_args(Stage))
 RUNS = st.builds(
     Run,
     key=KEYS,

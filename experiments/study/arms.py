@@ -167,6 +167,7 @@ def _baselines() -> dict[str, Arm]:
         "a-gem": Arm(note="A-GEM, 100 stored examples a task", project=True),
         "replay": Arm(note="replay of 100 stored examples a task, half of each batch", replay=True),
         "joint": Arm(note="all tasks at once: the upper bound", data="joint"),
+        "loss-route": Arm(note="thresholds, taught by the loss alone", dynamic=True),
         "balance-route": Arm(note="thresholds, taught by load balance", dynamic=True, teach_balance=0.01),
         "surprise-route": Arm(note="thresholds, taught by surprise (SurpriseMin)", dynamic=True, teach_surprise=0.01),
         "smk-2-surprise-route": Arm(

@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.study import statistics
 from experiments.study.arms import OPTIMIZERS
+from experiments.study.rechosen import along, bears_out, rechosen
 from experiments.study.records import Run
 from experiments.study.statistics import Interval, Point
 
@@ -30,7 +31,8 @@ CORRELATION_MARGIN = 0.1
 DRAWS = 2000
 """Of the bootstrap; its generator is seeded with 0, so that the same runs give the same findings."""
 
-Verdict = Literal["supported", "refuted", "equivalent", "open"]
+Verdict = Literal["supported", "refuted", "equivalent", "open", "unsteady"]
+"""`unsteady`: decided at the rates that tuning took, and not borne out at those that the other seeds choose."""
 Measure = Literal["ACC", "BWT at equal LA", "partial rank correlation"]
 Choice = Literal["best", "same"]
 """Of the optimizer: the arm's best in tuning; that of the other arm."""
@@ -57,6 +59,10 @@ class Finding(NamedTuple):
     p_equivalent: float
     """Of two one-sided tests: that the difference is outside of the margin. Not adjusted."""
     verdict: Verdict
+    rechosen: Interval | None = None
+    """Of the paired difference with each seed at the rates that the other seeds choose; of ACC alone, where an arm was
+    run at several rates.
+    """
 
 
 class Side(NamedTuple):
@@ -149,7 +155,8 @@ def findings(runs: Sequence[Run]) -> tuple[list[Finding], list[str]]:
     """What the runs say of every primary contrast, place by place, and the contrasts that could not be made.
 
     A claim is supported where Holm's p is below `ALPHA` and the difference exceeds its bound, refuted where it is below
-    and falls short; else equivalent where the difference lies within the margin by two one-sided tests; else open.
+    and falls short; else equivalent where the difference lies within the margin by two one-sided tests; else open. One
+    on ACC that is decided so must be borne out at the rates that the other seeds choose, and is unsteady otherwise.
 
     Raises:
         ValueError: two arms of a contrast were run on different seeds, or a seed at two settings.
@@ -174,6 +181,8 @@ def decide(*, excess: float, p_holm: float, p_equivalent: float) -> Verdict:
 class _Tested(NamedTuple):
     finding: Finding
     bound: float
+    rechosen: Sequence[float] = ()
+    """The differences of `Finding.rechosen`."""
 
 
 class _Prediction(NamedTuple):
@@ -236,6 +245,7 @@ def _compared(runs: Sequence[Run], place: tuple[str, str], contrast: Contrast) -
         return "no seed has a common range of learning."
     if not all(map(math.isfinite, differences)):
         return "a score is not finite."
+    again = () if of_curves else _at_rechosen_rates(runs, place, *sides)
     finding = Finding(
         claim=contrast.claim,
         family=place[0],
@@ -248,8 +258,9 @@ def _compared(runs: Sequence[Run], place: tuple[str, str], contrast: Contrast) -
         p_holm=math.nan,
         p_equivalent=statistics.equivalence_p(differences, margin=MARGIN),
         verdict="open",
+        rechosen=statistics.paired(again, level=LEVEL) if again else None,
     )
-    return _Tested(finding, contrast.bound)
+    return _Tested(finding, contrast.bound, again)
 
 
 def _optimizer(runs: Sequence[Run], place: tuple[str, str], side: Side, other: str) -> str:
@@ -265,6 +276,14 @@ def _in_accuracy(runs: Sequence[Run], place: tuple[str, str], *sides: tuple[str,
     picked = [pick(runs, *place, *side) for side in sides]
     accuracy = [{seed: statistics.scores(run.scores).accuracy for seed, run in own.items()} for own in picked]
     return [ours - theirs for ours, theirs in _pairs(sides, accuracy)]
+
+
+def _at_rechosen_rates(runs: Sequence[Run], place: tuple[str, str], *sides: tuple[str, str]) -> list[float]:
+    """None where there was nothing to choose."""
+    tables = [along(runs, pick(runs, *place, *side)) for side in sides]
+    if all(len(table) < 2 for table in tables):
+        return []
+    return [ours - theirs for ours, theirs in _pairs(sides, [rechosen(table) for table in tables])]
 
 
 def _at_equal_learning(runs: Sequence[Run], place: tuple[str, str], *sides: tuple[str, str]) -> list[float]:
@@ -366,9 +385,11 @@ def _judged(tested: Sequence[_Tested]) -> list[Finding]:
     """With Holm's p over those that have a p at all, and the verdict."""
     adjusted = iter(statistics.holm([one.finding.p for one in tested if not math.isnan(one.finding.p)]))
     found = []
-    for finding, bound in tested:
+    for finding, bound, again in tested:
         p_holm = math.nan if math.isnan(finding.p) else next(adjusted)
         excess = finding.interval.mean - bound
         verdict = decide(excess=excess, p_holm=p_holm, p_equivalent=finding.p_equivalent)
+        if not bears_out(verdict, again, bound=bound, margin=MARGIN, alpha=ALPHA):
+            verdict = "unsteady"
         found.append(finding._replace(p_holm=p_holm, verdict=verdict))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-Stage = Literal["tuning", "evaluation", "frontier", "exploration"]
+Stage = Literal["tuning", "evaluation", "frontier", "neighbour", "exploration"]
 Series = Literal["loss", "tau", "surprise", "pi"]
 Symbols = Literal["input", "target", "class"]
 

@@ -28,6 +28,7 @@ VERDICTS: Mapping[Verdict, str] = {
     "refuted": "**refuted**",
     "equivalent": "**no difference** that matters",
     "open": "**open**",
+    "unsteady": "**open**, hangs on the rate",
 }
 
 
@@ -109,6 +110,7 @@ def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
         "verdict",
         "measure",
         "difference [95% interval]",
+        "at rates that the other seeds choose",
         "seeds",
         "p, Holm",
         "p, equivalence",
@@ -121,6 +123,7 @@ def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
             VERDICTS[one.verdict],
             one.measure,
             signed(one.interval),
+            signed(one.rechosen) if one.rechosen else "-",
             str(one.interval.n),
             p_text(one.p_holm),
             p_text(one.p_equivalent),
@@ -129,6 +132,11 @@ def _verdicts(found: Sequence[Finding]) -> Iterator[Piece]:
         for one in found
     ]
     yield Table(header, rows)
+    yield Text(
+        "Rates are those that few seeds of tuning took. Beside that difference stands the same with every seed at the "
+        "rates that all other seeds of the test choose, each arm among those it was run at there. A verdict on ACC "
+        "that this does not bear out (a test of its own, not adjusted) counts as open."
+    )
     yield Text(
         f"A difference above 0 (above -{MARGIN} for a claim of `not below`) speaks for the claim. Holm's p allows for "
         "all the claims of a family and regime together. The equivalence p is small where the difference, whatever its "
@@ -334,8 +342,8 @@ LIMITS = (
     "else here, the order of a table included, is a **lead**: the best of many arms looks better than it is.",
     "Seeds are paired: all arms of a seed see the same tasks, first weights and order of examples. Intervals are over "
     "those seeds, and say nothing of other data, banks or schedules.",
-    "Rates are chosen by the few seeds of tuning. Where two arms are close these may decide a verdict on accuracy: "
-    "look on the frontier whether it holds for neighbouring rates.",
+    "Rates are chosen by the few seeds of tuning, in the table of all arms too, where neighbours may change places at "
+    "another rate: only the arms of claims were run at several rates on all seeds.",
     "More accuracy at the end can come from less forgetting or from more learning, and less forgetting from learning "
     "less. Compare at equal learning: the frontier, not a single row.",
     "Freezing the experts, random choice and a lowered rate can forget less too. A rule by surprise has shown "

@@ -13,7 +13,7 @@ from experiments.study.records import Run, Stage
 from experiments.study.store import Results
 from onn.settings import Regime
 
-STAGES: tuple[Stage, ...] = ("tuning", "evaluation", "frontier", "exploration")
+STAGES: tuple[Stage, ...] = ("tuning", "evaluation", "frontier", "neighbour", "exploration")
 REGIMES: Mapping[Regime, str] = {
     "experts": "after the first task only the experts and the router learn (of text, in the first too)",
     "everything": "experts, router, read-out and features learn throughout (of text, the trunk stays frozen)",

@@ -2,7 +2,7 @@
 
 The dense model, whose MLPs have as many neurons as the bank, is trained on all domains alike; then the MLP of its last
 layer is carved into the experts. What its bank reads and what the bank's output is added to are constants of the text,
-so they are computed once.
+so they are computed once. Tuning reads other windows of the text than the test does.
 """
 
 from __future__ import annotations
@@ -43,13 +43,21 @@ class Positions(NamedTuple):
     tokens: Tensor
 
 
+class Texts(NamedTuple):
+    """What a seed learns and is judged by."""
+
+    train: Positions
+    held_out: Positions
+
+
 class Trunk(NamedTuple):
     """What all seeds share."""
 
     bank: Bank
     model: Model
-    train: Positions
-    held_out: Positions
+    test: Texts
+    tuning: Texts
+    """Windows between those of the test; none begins where another does."""
 
 
 def dense(bank: Bank) -> Qwen3Config:
@@ -68,12 +76,10 @@ def trunk(bank: Bank) -> Trunk:
     corpus, config = embedded_corpus(bytes_per_domain=BYTES, held_out=0.1, seed=0), dense(bank)
     with one_thread():
         model = _trained(corpus, config)
-        return Trunk(
-            bank=bank,
-            model=model,
-            train=_positions(model, corpus.train, corpus.train_mask, config=config, wanted=TRAIN),
-            held_out=_positions(model, corpus.held_out, corpus.held_out_mask, config=config, wanted=HELD_OUT),
-        )
+        train = _positions(model, corpus.train, corpus.train_mask, config=config, wanted=TRAIN)
+        held_out = _positions(model, corpus.held_out, corpus.held_out_mask, config=config, wanted=HELD_OUT)
+        test, tuning = (Texts(*parts) for parts in zip(train, held_out, strict=True))
+        return Trunk(bank=bank, model=model, test=test, tuning=tuning)
 
 
 def _trained(corpus: Corpus, config: Qwen3Config) -> Model:
@@ -99,16 +105,18 @@ def _trained(corpus: Corpus, config: Qwen3Config) -> Model:
 
 def _positions(
     model: Model, texts: Sequence[Tensor], masks: Sequence[Tensor], *, config: Qwen3Config, wanted: int
-) -> Positions:
-    """Windows spread evenly over the text of every domain."""
-    found = []
+) -> tuple[Positions, Positions]:
+    """Windows spread evenly over the text of every domain, every second one in the second part; `wanted` in each."""
+    found: tuple[list[Positions], list[Positions]] = ([], [])
     for tokens, mask in zip(texts, masks, strict=True):
-        starts = torch.linspace(0, len(tokens) - LENGTH - 1, wanted // LENGTH).long()
-        batch = data.windows(tokens, mask, starts, length=LENGTH)
-        read, labels = batch.tokens.long(), batch.targets.long()
-        inputs, residual = before_last_mlp(model, read, config=config)
-        found.append(Positions(inputs, residual, labels=labels.flatten(), tokens=read.flatten()))
-    return Positions(*map(torch.stack, zip(*found, strict=True)))
+        starts = torch.linspace(0, len(tokens) - LENGTH - 1, 2 * wanted // LENGTH).long()
+        for part, place in zip(found, (starts[::2], starts[1::2]), strict=True):
+            batch = data.windows(tokens, mask, place, length=LENGTH)
+            read, labels = batch.tokens.long(), batch.targets.long()
+            inputs, residual = before_last_mlp(model, read, config=config)
+            part.append(Positions(inputs, residual, labels=labels.flatten(), tokens=read.flatten()))
+    first, second = (Positions(*map(torch.stack, zip(*part, strict=True))) for part in found)
+    return first, second
 
 
 def before_last_mlp(model: Model, tokens: Tensor, *, config: Qwen3Config) -> tuple[Tensor, Tensor]:
@@ -124,28 +132,28 @@ def before_last_mlp(model: Model, tokens: Tensor, *, config: Qwen3Config) -> tup
         return qwen3.apply_norm(last.post_attention_norm, x, config).flatten(0, 1), x.flatten(0, 1)
 
 
-def text(shared: Trunk, seed: int) -> Tasks:
+def text(shared: Trunk, texts: Texts, seed: int) -> Tasks:
     """The domains in the order of row `seed` of a Latin square, and the carved layer with a router of the seed's own.
 
     Prototypes are tokens drawn at random. Combine weights sum to 1 here, where the dense layer adds its experts up: the
     down projections are scaled by the number of active experts.
     """
-    draws, domains = noise.generator(seed), len(shared.train.labels)
+    draws, domains = noise.generator(seed), len(texts.train.labels)
     order = [(seed + task) % domains for task in range(domains)]
     last = shared.model.layers[-1].mlp
     assert isinstance(last, Mlp)
     experts = carve.split_mlp(last, num_experts=shared.bank.experts)
-    tokens = shared.train.inputs.flatten(0, 1)
+    tokens = texts.train.inputs.flatten(0, 1)
     centred = tokens - tokens.mean(dim=0)
     chosen = torch.randperm(len(tokens), generator=draws)[: shared.bank.experts]
     return Tasks(
-        inputs=shared.train.inputs[order],
-        residual=shared.train.residual[order],
-        labels=shared.train.labels[order],
-        held_inputs=shared.held_out.inputs[order],
-        held_residual=shared.held_out.residual[order],
-        held_labels=shared.held_out.labels[order],
-        held_tokens=shared.held_out.tokens[order],
+        inputs=texts.train.inputs[order],
+        residual=texts.train.residual[order],
+        labels=texts.train.labels[order],
+        held_inputs=texts.held_out.inputs[order],
+        held_residual=texts.held_out.residual[order],
+        held_labels=texts.held_out.labels[order],
+        held_tokens=texts.held_out.tokens[order],
         net=Net(
             features=torch.zeros(HIDDEN, 0),
             prototypes=centred[chosen],
