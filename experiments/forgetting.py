@@ -126,12 +126,16 @@ class Study:
         )
 
     def trace(self, arms: Mapping[str, Arm]) -> None:
-        """The arms of the frontier at every rate, on all seeds; what was evaluated is not run again."""
+        """The arms of the frontier at every rate, on all seeds, under the optimizers that a claim names.
+
+        What was evaluated is not run again.
+        """
         keys = [
             self.key(name, optimizer, rate, 0.0, seed)
             for name in FRONTIER
             if name in arms
             for optimizer in arms[name].optimizers
+            if optimizer in self._claimed(name, arms[name])
             for rate in rates(optimizer)
             for seed in range(self.options.seeds)
         ]
@@ -152,6 +156,11 @@ class Study:
             if near in (rate / 2, rate * 2)
             for seed in range(self.options.seeds)
         )
+
+    def _claimed(self, name: str, arm: Arm) -> set[str | None]:
+        """The optimizers of the claims on an arm."""
+        named = {side.optimizer for one in primary() for side in (one.first, one.second) if side.arm == name}
+        return {self._best(name, arm) if optimizer == "best" else optimizer for optimizer in named}
 
     def _best(self, name: str, arm: Arm) -> Optimizer | None:
         tried = list(self.runs.values())

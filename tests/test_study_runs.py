@@ -291,6 +291,18 @@ def test_arms_of_a_claim_on_accuracy_are_run_next_to_their_rate_under_their_best
     assert near
 
 
+@pytest.mark.usefixtures("_small_digits")
+def test_the_frontier_has_every_rate_under_the_optimizers_that_a_claim_names(tmp_path: Path) -> None:
+    forgetting.run(small(tmp_path, seeds=1, arms=("all", "smk-2")))
+    made = store.read_results(tmp_path / store.RESULTS).runs
+    found = {(run.key.arm, run.key.optimizer, run.key.lr) for run in made if run.stage == "frontier"}
+    tried = [run for run in made if run.stage == "tuning" and run.key.arm == "all"]
+    best = max(tried, key=lambda run: sum(run.scores[-1])).key.optimizer
+    of_all = [optimizer for optimizer in OPTIMIZERS if optimizer in (best, "adagrad")]
+    wanted = [("smk-2", optimizer) for optimizer in OPTIMIZERS] + [("all", optimizer) for optimizer in of_all]
+    assert found == {(arm, optimizer, rate) for arm, optimizer in wanted for rate in rates(optimizer)}
+
+
 def test_a_matched_arm_brings_what_it_is_matched_to() -> None:
     assert set(forgetting.chosen_arms(("matched",))) == {"matched", "smk-2", "all"}
     assert forgetting.chosen_arms(()) == dict(ARMS)
