@@ -212,6 +212,20 @@ ABOVE: Mapping[str, Mutation] = MappingProxyType(
             "at for at in range(place)",
             ("whole_model",),
         ),
+        "seed_chooses_its_own_rate": Mutation(
+            "a rate chosen on the very seed that is judged at it",
+            "experiments/study/rechosen.py",
+            "for other, value in table[rate].items() if other != seed)",
+            "for other, value in table[rate].items())",
+            ("study_rechosen",),
+        ),
+        "tuning_on_the_text_of_the_test": Mutation(
+            "rates chosen on the windows that the test is made of",
+            "experiments/study/text.py",
+            "(starts[::2], starts[1::2])",
+            "(starts[::2], starts[::2])",
+            ("study_specialisation",),
+        ),
         "generator_reseeded": Mutation(
             "a generator made anew for every batch: the same windows at every step",
             "experiments/pipeline.py",
