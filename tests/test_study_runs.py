@@ -288,7 +288,6 @@ def test_arms_of_a_claim_on_accuracy_are_run_next_to_their_rate_under_their_best
     assert {(key.arm, key.lr, key.seed) for key in near} == {
         ("balance-route", rate, seed) for rate in rates(optimizer) if rate in (tuned / 2, tuned * 2) for seed in (0, 1)
     }
-    assert near
 
 
 @pytest.mark.usefixtures("_small_digits")
