@@ -6,7 +6,7 @@ Shape letters: N lanes, S stretches, otherwise as in `net`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -88,11 +88,11 @@ def carry_out(jobs: Sequence[Job], tasks: Mapping[int, Tasks], schedule: Schedul
     for task in range(count):
         plastic = plasticity(full, first=task == 0)
         draws = _Draws.of(seeds, task, count, size, schedule, experts=data.net.prototypes.shape[1])
+        batches = _examples(data, torch.where(joint[:, None], draws.any_task, task), draws.examples)
+        memories = _examples(data, draws.stored_task, draws.stored) if kind.memory else batches
         figures = []
-        for at in range(schedule.steps):
-            batch = _examples(data, torch.where(joint[:, None], draws.any_task[at], task), draws.examples[at])
-            memory = _examples(data, draws.stored_task[at], draws.stored[at]) if kind.memory else batch
-            state, seen = _stepper(kind)(state, batch, memory, draws.noise[at], lane, plastic)
+        for batch, memory, noised in zip(_each(batches), _each(memories), draws.noise, strict=True):
+            state, seen = _stepper(kind)(state, batch, memory, noised, lane, plastic)
             figures.append(seen)
         stretches += _means(figures)
         state = _contiguous(_ender()(state, lane))
@@ -174,10 +174,13 @@ def _drawn(
 
 
 def _examples(data: Tasks, task: Tensor, index: Tensor) -> Examples:
-    """Of every lane the examples at `index` [N, T] of its tasks [N, T] or [N, 1]."""
-    n = torch.arange(len(index))[:, None]
-    where = (n, task, index)
+    """Of every step and lane the examples at `index` [steps, N, T] of its tasks [steps, N, T]."""
+    where = (torch.arange(index.shape[1])[:, None], task, index)
     return Examples(inputs=data.inputs[where], residual=data.residual[where], labels=data.labels[where])
+
+
+def _each(examples: Examples) -> Iterator[Examples]:
+    return (Examples(*step) for step in zip(*examples, strict=True))
 
 
 def _means(figures: Sequence[Figures]) -> list[Figures]:

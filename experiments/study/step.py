@@ -67,13 +67,15 @@ def step(
     ledger, steps = _entered(ledger, learnt, lane, needs), rates(net, plastic, lane)
     if needs.memory:
         grads = _remembered(grads, learnt_from(memory).grads, steps, lane)
-    keep = _experts_that_learn(grads.experts, ledger, lane)
+    norms = F.expert_norms(grads.experts)
+    keep = _experts_that_learn(norms, ledger, lane)
     grads = grads._replace(experts=masked(grads.experts, keep))
     importance = tree.map2(
         lambda old, new: lane.importance_decay * old + new,
         state.importance,
         rows._replace(experts=rows.experts * keep[:, None]),
     )
+    learns = keep & (norms != 0)
     penalties, penalised = state.penalties, grads
     if isinstance(penalties, Penalties) and isinstance(learnt.squares, Net):
         squares = learnt.squares._replace(experts=masked(learnt.squares.experts, keep))
@@ -81,7 +83,7 @@ def step(
         pull = tree.map2(torch.sub, net, penalties.anchor)
         pull = tree.map2(torch.mul, penalties.omega, pull)
         penalised = tree.map2(lambda g, pulled: g + lane.penalty * pulled, grads, pull)
-    learns = F.expert_norms(penalised.experts) != 0
+        learns = F.expert_norms(penalised.experts) != 0
     ledger = ledger._replace(turns=ledger.turns + learns, steps=ledger.steps + 1)
     moments, course = direction(state.moments, penalised, ledger, learns, lane)
     shrink = where_learns(tree.map2(lambda p, rate: rate * WEIGHT_DECAY * lane.adam * p, net, steps), learns)
@@ -151,9 +153,8 @@ def _inner(first: Net, second: Net) -> Tensor:
     return torch.stack([product.sum() for product in products]).sum()
 
 
-def _experts_that_learn(grads: F.Experts, ledger: Ledger, lane: Lane) -> Tensor:
-    """Which experts may learn from this batch, bool [E]."""
-    norms = F.expert_norms(grads)
+def _experts_that_learn(norms: Tensor, ledger: Ledger, lane: Lane) -> Tensor:
+    """Which experts may learn from this batch, bool [E], by the norms of their gradients."""
     contrast = ledger.now / (ledger.before / (ledger.steps + 1)).clamp_min(EPS)
     keys = torch.where(lane.expert_rule == ExpertRule.BATCH_SURPRISE.value, norms, -contrast)
     keys = torch.where(norms != 0, keys, torch.inf)
