@@ -31,14 +31,14 @@ def everything(_: object, surprise: Tensor, __: Tensor) -> Tensor:
     return torch.ones_like(surprise, dtype=torch.bool)
 
 
-def learnt(model: Net, batch: Examples, *, centre: Centre = Centre.NOTHING, whitened: bool = False) -> Learnt:
+def learnt(model: Net, batch: Examples, *, centre: Centre | None = None, whitened: bool = False) -> Learnt:
     return learn(
         model,
         batch,
         activate=most_like,
         select=lambda seen, _, __: seen.active,
         teach=nothing,
-        centre=torch.tensor(centre.value),
+        centre=None if centre is None else torch.tensor(centre.value),
         by_weight=True,
         features=not batch.residual.shape[-1],
         whitened=whitened,
@@ -92,7 +92,7 @@ def test_a_selection_masks_the_experts_gradient_as_in_the_specification_and_noth
         activate=most_like,
         select=lambda seen, surprise, _: F.min_k_mask(surprise, seen.active, min_k=1),
         teach=nothing,
-        centre=torch.tensor(Centre.NOTHING.value),
+        centre=None,
         by_weight=False,
         features=not of_text,
         whitened=False,
@@ -127,7 +127,7 @@ def test_the_router_learns_from_its_lesson_as_autograd_would_teach_it(seed: int)
         activate=most_like,
         select=lambda seen, _, __: seen.active,
         teach=lesson,
-        centre=torch.tensor(Centre.NOTHING.value),
+        centre=None,
         by_weight=False,
         features=True,
         whitened=False,
@@ -141,11 +141,11 @@ def test_the_router_learns_from_its_lesson_as_autograd_would_teach_it(seed: int)
 
 
 @pytest.mark.parametrize("whitened", [False, True])
-@pytest.mark.parametrize("centre", list(Centre))
+@pytest.mark.parametrize("centre", [None, *Centre])
 @BOTH
 @given(seed=SEEDS)
 def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_and_nothing_else_changes(
-    of_text: bool, centre: Centre, whitened: bool, seed: int
+    of_text: bool, centre: Centre | None, whitened: bool, seed: int
 ) -> None:
     model, batch = net(seed, of_text=of_text), examples(seed + 10, of_text=of_text)
     got, plain = learnt(model, batch, centre=centre, whitened=whitened), learnt(model, batch)
@@ -153,6 +153,7 @@ def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_an
     d_y = torch.func.grad(lambda mixed: _loss_of(model, batch, mixed))(plain.seen.mixed)
     local, _ = F.bank_local(model.experts, plain.seen.residuals, d_y)
     taken = {
+        None: torch.zeros_like(model.prototypes),
         Centre.NOTHING: torch.zeros_like(model.prototypes),
         Centre.BATCH: x.mean(dim=0).expand(E, -1),
         Centre.EXPERT: F.expert_means(x, weights),

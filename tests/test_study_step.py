@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ import onn.functional as F
 from experiments.study.arms import ARMS, ExpertRule, Grain, Rule
 from experiments.study.lanes import Job, needs
 from experiments.study.net import Examples, Net, forward, rank
+from experiments.study.setting import KNOWN
 from experiments.study.state import Lane, Needs, Penalties, State, init_state
 from experiments.study.step import step
 from experiments.study.update import ROOT_EPS, end_task
@@ -315,6 +317,23 @@ def test_lanes_do_not_see_each_other() -> None:
         single = step(states[n], batches[n], stored[n], noise[n], own, plastic(), needs=kind)
         for got, expected in zip(tree.leaves(together), tree.leaves(single), strict=True):
             assert_close(got[n], expected, bound=BOUND)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_an_arm_needs_no_more_than_its_step_computes(name: str) -> None:
+    """A step that computes everything gives the same, but for thresholds that nobody asks."""
+    arm = replace(KNOWN[name], active=max(KNOWN[name].active, 1 / E))
+    one = job(arm.optimizers[0], strength=0.1)._replace(arm=arm)
+    least = needs(one)
+    most = Needs(*(True,) * len(Needs._fields))._replace(whitened=arm.whitened)
+    ends = []
+    for kind in (least, most):
+        state = init_state(net(5), kind)
+        for at in range(3):
+            batch, stored = examples(20 + at), examples(70 + at)
+            state, _ = step(state, batch, stored, uniform(at), lane(one), plastic(), needs=kind)
+        ends.append(state)
+    assert_close(ends[0].net, ends[1].net, bound=BOUND)
 
 
 @settings(max_examples=8)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.study.arms import Arm, Grain
+from experiments.study.arms import Arm, Centre, Grain
 from experiments.study.records import Key, Stage
 from experiments.study.state import Lane, Needs, Plasticity
 from experiments.study.update import BETA2
@@ -30,13 +30,15 @@ def needs(job: Job) -> Needs:
     finer = arm.grain not in (Grain.EXPERT, Grain.NEURON)
     penalty = arm.penalty != "none" or (finer and (arm.root > 0 or arm.bounded))
     memory = arm.replay or arm.project
-    rare = penalty or memory or arm.dynamic
+    centred = arm.centre is not Centre.NOTHING
+    rare = penalty or memory or arm.dynamic or (centred and not arm.whitened)
     return Needs(
         moments=rare or job.key.optimizer in ("adamw", "adagrad") or arm.momentum > 0,
         penalty=penalty,
         memory=memory,
         dynamic=arm.dynamic,
         features=job.key.regime == "everything" and job.key.family != "text",
+        centred=centred,
         whitened=arm.whitened,
     )
 

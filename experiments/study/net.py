@@ -162,7 +162,7 @@ def learn(
     activate: Activate,
     select: Select,
     teach: Teach,
-    centre: Tensor,
+    centre: Tensor | None,
     by_weight: bool,
     features: bool,
     whitened: bool,
@@ -175,7 +175,8 @@ def learn(
         activate: the route.
         select: which pairs the experts learn from; nothing else is masked.
         teach: what the router minimises beside the loss; its inputs are constants to all others.
-        centre: scalar, of `Centre`: what the experts' gate and up projections learn from their inputs less of.
+        centre: scalar, of `Centre`: what the experts' gate and up projections learn from their inputs less of; none
+            costs less than one that is nothing.
         by_weight: whether the squares by weight are wanted, which cost one product more for each matrix.
         features: whether the gradient of the features is wanted; zeros otherwise.
         whitened: whether the experts' gate and up projections learn from inputs by `F.whiten_inputs`.
@@ -203,9 +204,9 @@ def learn(
         w1, w3, _ = (part * seen.weights[..., None] for part in local)
         d_before = _through_norm(seen.before, seen.x, d_x + input_gradient(net.experts, w1, w3))
         d_features = d_before.mT @ pixels
-    experts = F.centre_inputs(
-        expert_gradient(d1, d3, a, seen.x, d_mixed), F.bias_gradients(local, kept), _centre(seen, centre)
-    )
+    experts = expert_gradient(d1, d3, a, seen.x, d_mixed)
+    if centre is not None:
+        experts = F.centre_inputs(experts, F.bias_gradients(local, kept), _centre(seen, centre))
     grads = Net(
         features=d_features,
         prototypes=d_prototypes,

@@ -27,6 +27,8 @@ class Needs(NamedTuple):
     """Thresholds."""
     features: bool
     """The gradient of the features."""
+    centred: bool
+    """What is taken off the inputs that experts learn from."""
     whitened: bool
     """The experts' gradient with their inputs whitened: of all lanes at once."""
 

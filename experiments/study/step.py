@@ -56,7 +56,7 @@ def step(
             activate=lambda affinity: activate(affinity, ledger.thresholds, lane, needs),
             select=lambda seen, surprise, output: _selected(seen, surprise, output, noise, ledger, lane),
             teach=lambda scores, surprise, active: _taught(scores, surprise, active, lane),
-            centre=lane.centre,
+            centre=lane.centre if needs.centred else None,
             by_weight=needs.penalty,
             features=needs.features,
             whitened=needs.whitened,
