@@ -116,7 +116,7 @@ Teach = Callable[[Tensor, Tensor, Tensor], Tensor]
 def rank(keys: Tensor) -> Tensor:
     """The place of every entry in the ascending order of the last dimension; ties go to the lowest index.
 
-    Summed over all but the last dimension, and with places that are floats: a third of the time in compiled code.
+    Places are floats, not integers, and sums run over the first index of the pairs: a third of the time when compiled.
     """
     place = torch.arange(keys.shape[-1], dtype=torch.float32, device=keys.device)
     other, mine = keys[..., :, None], keys[..., None, :]
@@ -175,8 +175,8 @@ def learn(
         activate: the route.
         select: which pairs the experts learn from; nothing else is masked.
         teach: what the router minimises beside the loss; its inputs are constants to all others.
-        centre: scalar, of `Centre`: what the experts' gate and up projections learn from their inputs less of; none
-            costs less than one that is nothing.
+        centre: scalar, of `Centre`: what the experts' gate and up projections learn from their inputs less of;
+            `None` costs less than `Centre.NOTHING`.
         by_weight: whether the squares by weight are wanted, which cost one product more for each matrix.
         features: whether the gradient of the features is wanted; zeros otherwise.
         whitened: whether the experts' gate and up projections learn from inputs by `F.whiten_inputs`.
