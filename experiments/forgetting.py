@@ -1,10 +1,10 @@
 """Do surprise and its uses make experts specialise, or forget less? Every claim beside the figure that would refute it.
 
 `uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
-families of digits, half an hour on two CPU cores. Every arm of `experiments/study/arms.py` under every optimizer:
-rates and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its controls
-along the whole grid of rates and every other arm of a claim next to its own: a verdict on accuracy counts only where
-the rates that the other seeds choose bear it out. A study that was stopped goes on in its folder. `--regime
+families of digits, half an hour or a little more on two CPU cores. Every arm of `experiments/study/arms.py` under every
+optimizer: rates and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its
+controls along the whole grid of rates and every other arm of a claim next to its own: a verdict on accuracy counts only
+where the rates that the other seeds choose bear it out. A study that was stopped goes on in its folder. `--regime
 everything` trains features and read-out too, `--experts` and `--width` set the size of the bank, `--explore` changes
 one number of surprise consolidation at a time: verdicts hold for the regime and the bank that were run. Expected:
 `report.html` with verdicts, tables and figures, `results.json` with every run; `experiments/LOG.md` has the figures of
