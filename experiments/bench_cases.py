@@ -20,6 +20,7 @@ from experiments.compiling import compiled
 from experiments.measure import Run
 from onn import tree
 from onn.functional.experts import Backend
+from onn.functional.kernels import native
 from onn.recompute import recomputed
 
 Suite = Literal["experts", "surprise", "smk", "memory", "scaling", "step"]
@@ -95,6 +96,11 @@ class Gradients(NamedTuple):
 def device() -> str:
     """The GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def backends(dtype: torch.dtype) -> list[Backend]:
+    """Those that run here: without a compiler, and on a GPU, there is no native code."""
+    return [name for name in BACKENDS if name != "native" or native.available(dtype, device=device())]
 
 
 def random_bank(case: BankCase, dtype: torch.dtype, *, seed: int) -> Bank:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from experiments.bench_cases import BACKENDS, DTYPES, BankCase, Options, bank_layer, random_bank
+from experiments.bench_cases import DTYPES, BankCase, Options, backends, bank_layer, random_bank
 from experiments.bench_goals import OVER_ALL, SPEED_UP
 from experiments.bench_peers import STOCK, floor, peers
 from experiments.measure import Row, Run, fastest, measured, missing, row, working
@@ -51,7 +51,7 @@ def case_rows(case: BankCase, dtype: torch.dtype, *, options: Options) -> list[R
     theirs, skipped = peers(bank, k=case.k)
     ours: dict[str, Run] = {}
     asked: str = options.backend
-    for backend in BACKENDS:
+    for backend in backends(dtype):
         name = f"{OURS} {backend}"
         if backend == "dense" and asked != backend and WASTE * case.k < case.E:
             skipped[f"{name}, compiled"] = f"skipped: computes {case.E / case.k:.0f} times the active rows"

@@ -13,11 +13,11 @@ import torch
 
 import onn.functional as F
 from experiments.bench_cases import (
-    BACKENDS,
     DTYPES,
     Bank,
     BankCase,
     Options,
+    backends,
     bank_step,
     random_bank,
     stacked_step,
@@ -117,7 +117,7 @@ def smk_suite(options: Options) -> list[Row]:
     chosen: list[tuple[BankCase, tuple[int, ...]]] = [] if options.quick else [(SMALL, (MIN_K,))]
     chosen += [(replace(base, k=k), least) for k, least in SMK.items() if k <= base.E and not options.quick]
     chosen += [(replace(base, k=8, skew=skew), (MIN_K,)) for skew in ((0.0, 2.0) if options.quick else (2.0,))]
-    everything = [(*one, dtype, backend) for one in chosen for dtype in DTYPES for backend in BACKENDS]
+    everything = [(*one, dtype, backend) for one in chosen for dtype in DTYPES for backend in backends(dtype)]
     rows: list[Row] = []
     for case, least, dtype, backend in progress(everything, desc="smk", unit="case"):
         rows += smk_rows(case, dtype, least=least, backend=backend, options=options)

@@ -1,11 +1,11 @@
-"""How to cut up the banks of a run on this machine: measured once, and kept in a file for `run.py --calibration`.
+"""How to compute the banks of a run on this machine: measured once, and kept in a file for `run.py --calibration`.
 
 calibrating.py [PRESET] [--file FILE] [--repeats N] [any value of the preset, as for run.py]
 uv run experiments/run.py [PRESET] --calibration FILE [the same values]
 
-Question: which parts of a bank stay in this machine's caches, and from which share of the tokens is computing all of
-them faster than gathering the active ones? Cost: under a minute for `tiny` on one CPU core. What other sizes and
-machines have in the file stays; what this one has is not measured again.
+Question: is native code fastest, or which parts of a bank stay in this machine's caches, and from which share of the
+tokens is computing all of them faster than the active ones alone? Cost: under a minute for `tiny` on one CPU core. What
+other sizes and machines have in the file stays; what this one has is not measured again.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         ),
         "filled_with_another_token": Mutation(
             "rows that only fill up a batch of experts hold a token of another expert, times 0: a NaN spreads",
-            "onn/functional/kernels/parts.py",
+            "onn/functional/kernels/cutting.py",
             "tokens=pairs.token.index_select(0, own)",
             "tokens=pairs.token.index_select(0, own.clamp(max=start))",
             ("backends", "parts"),

@@ -105,7 +105,9 @@ class MoeConfig:
     min_k: int
     """SMK: how many of a token's active experts learn from it; `num_experts` keeps all."""
     backend: str
-    """How the bank is computed: `auto`, `dense`, `grouped`, `loop`, or a measured tiling as `loop:ENTRIES:SHARE`."""
+    """How the bank is computed: `auto`, `dense`, `grouped`, `loop`, `native`, or a measured tiling as
+    `loop:ENTRIES:SHARE` or `native:SHARE`.
+    """
 
     def __post_init__(self) -> None:
         """Refuse what is not a Hyper-SMoE."""

@@ -14,6 +14,8 @@ import torch
 
 import onn.functional as F
 from onn import check
+from onn.functional.kernels import native
+from onn.functional.kernels.tilings import NATIVE
 from onn.observe import Json, decode, write_json
 from onn.tree import value_and_grad
 
@@ -88,8 +90,8 @@ def calibrate(*, num_experts: int, width: int, hidden: int, tokens: int, dtype: 
         repeats: interleaved rounds, of which the median counts.
 
     Returns:
-        First the size of a part, at a quarter of the pairs, then the least share of the tokens at which computing all
-        of them is faster.
+        First the size of a part, or native code where there is any, at a quarter of the pairs, then the least share of
+        the tokens (of the pairs for native code) at which computing all of them is faster.
 
     Raises:
         ValueError: a size is not positive, or a dtype without fractions.
@@ -106,7 +108,8 @@ def calibrate(*, num_experts: int, width: int, hidden: int, tokens: int, dtype: 
         medians = [statistics.median(column[1:]) for column in seconds]
         return tilings[medians.index(min(medians))]
 
-    entries = fastest(0.25, *(F.Tiling(size, NEVER) for size in ENTRIES)).entries
+    sizes = (NATIVE, *ENTRIES) if native.available(dtype, device="cpu") else ENTRIES
+    entries = fastest(0.25, *(F.Tiling(size, NEVER) for size in sizes)).entries
     for density in DENSITIES:
         if fastest(density, F.Tiling(entries, 0.0), F.Tiling(entries, NEVER)).whole_from == 0:
             return F.Tiling(entries, density)
@@ -138,7 +141,7 @@ def _seconds(step: Callable[[], object]) -> float:
 
 def _key(sizes: Sizes) -> str:
     shape = f"E {sizes['num_experts']}, I {sizes['width']}, H {sizes['hidden']}, T {sizes['tokens']}"
-    return ", ".join((shape, str(sizes["dtype"]), *_machine()))
+    return ", ".join((shape, str(sizes["dtype"]), *_machine(sizes["dtype"])))
 
 
 def _found(known: Mapping[str, Json], sizes: Sizes, path: Path) -> F.Tiling | None:
@@ -146,8 +149,9 @@ def _found(known: Mapping[str, Json], sizes: Sizes, path: Path) -> F.Tiling | No
     return _tiling(found, f"{path}: {_key(sizes)}") if isinstance(found, Mapping) else None
 
 
-def _machine() -> tuple[str, ...]:
-    return (platform.machine(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}")
+def _machine(dtype: torch.dtype) -> tuple[str, ...]:
+    extra = ("native code",) if native.available(dtype, device="cpu") else ()
+    return (platform.machine(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", *extra)
 
 
 def _read(path: Path) -> Mapping[str, Json]:
@@ -168,10 +172,10 @@ def _tiling(values: Mapping[str, Json], where: str) -> F.Tiling:
     if (
         type(entries) is not int
         or not isinstance(whole_from, float)
-        or not (entries >= 0 and 0 <= whole_from < math.inf)
+        or not (entries >= NATIVE and 0 <= whole_from < math.inf)
     ):
         raise ValueError(
-            f"{where}: expected entries, a whole number, and whole_from, a number, neither of them negative; got "
-            f"{dict(values)!r}."
+            f"{where}: expected entries, a whole number, and whole_from, a number, neither of them negative but for "
+            f"entries={NATIVE}, which is native code; got {dict(values)!r}."
         )
     return F.Tiling(entries=entries, whole_from=whole_from)

@@ -1,4 +1,4 @@
-"""How a bank is computed, as a text for configurations: a backend's name, or `loop` with measured numbers."""
+"""How a bank is computed, as a text for configurations: a backend's name, or `loop` or `native` with numbers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from typing import get_args
 
 from onn import check
 from onn.functional.experts import Backend
-from onn.functional.kernels.tilings import Tiling
+from onn.functional.kernels.tilings import NATIVE, Tiling
 
 
 def tiling_name(tiling: Tiling) -> str:
-    """The text of a tiling, `loop:ENTRIES:SHARE`, as in `loop:1048576:0.55`.
+    """The text of a tiling: `loop:ENTRIES:SHARE`, as in `loop:1048576:0.55`, or `native:SHARE`, as in `native:0.85`.
 
     Raises:
-        ValueError: numbers that no text stands for: negative, or without end.
+        ValueError: numbers that no text stands for: negative, but for the entries of native code, or without end.
     """
-    fits = isinstance(tiling, Tiling) and tiling.entries >= 0 and 0 <= tiling.whole_from < math.inf
-    check.require(fits, f"tiling_name: expected a Tiling of finite numbers >= 0, got {check.shown(tiling)}.")
-    return f"loop:{tiling.entries}:{float(tiling.whole_from)}"
+    check.require(
+        isinstance(tiling, Tiling) and _has_a_name(tiling),
+        f"tiling_name: expected a Tiling of finite numbers >= 0, or entries={NATIVE}, got {check.shown(tiling)}.",
+    )
+    share = float(tiling.whole_from)
+    return f"native:{share}" if tiling.entries == NATIVE else f"loop:{tiling.entries}:{share}"
 
 
 def backend_of(name: str) -> Backend | Tiling:
@@ -32,21 +35,26 @@ def backend_of(name: str) -> Backend | Tiling:
     for backend in get_args(Backend):
         if backend == name:
             return backend
-    if not name.startswith("loop:"):
+    if not name.startswith(("loop:", "native:")):
         check.one_of("MoeConfig", "backend", name, get_args(Backend))
     tiling = _tiling(name)
     if tiling is None or tiling_name(tiling) != name:
         raise ValueError(
-            f"MoeConfig: expected backend={check.shown(name)} as loop:ENTRIES:SHARE, such as 'loop:1048576:0.55'."
+            f"MoeConfig: expected backend={check.shown(name)} as loop:ENTRIES:SHARE or native:SHARE, such as "
+            "'loop:1048576:0.55' or 'native:0.85'."
         )
     return tiling
 
 
 def _tiling(name: str) -> Tiling | None:
-    _, *numbers = name.split(":")
+    kind, *sizes, share = name.split(":")
     try:
-        entries, whole_from = numbers
-        tiling = Tiling(entries=int(entries), whole_from=float(whole_from))
+        (entries,) = sizes if kind == "loop" else (str(NATIVE), *sizes)
+        tiling = Tiling(entries=int(entries), whole_from=float(share))
     except ValueError:
         return None
-    return tiling if tiling.entries >= 0 and 0 <= tiling.whole_from < math.inf else None
+    return tiling if _has_a_name(tiling) else None
+
+
+def _has_a_name(tiling: Tiling) -> bool:
+    return (tiling.entries == NATIVE or tiling.entries >= 0) and 0 <= tiling.whole_from < math.inf

@@ -19,6 +19,8 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onn.functional as F
+from onn.functional.kernels import native
+from onn.functional.kernels.tilings import NATIVE
 from onn.tree import Engine, T, Tree, grad, leaves, map1, paths, unflatten, value_and_grad, vmap
 
 
@@ -88,7 +90,28 @@ def make_case(
     )
 
 
-TILINGS = st.builds(F.Tiling, st.integers(0, 60), st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]))
+_NO_NATIVE = native.why_not(torch.float64, device="cpu")
+needs_native = pytest.mark.skipif(bool(_NO_NATIVE), reason=f"no native code: {_NO_NATIVE}")
+
+
+def _is_native(backend: F.Backend | F.Tiling) -> bool:
+    return backend.entries == NATIVE if isinstance(backend, F.Tiling) else backend == "native"
+
+
+def each_backend(*backends: F.Backend | F.Tiling) -> pytest.MarkDecorator:
+    """Parameters; native ones are skipped where there is no native code."""
+    return pytest.mark.parametrize(
+        "backend", [pytest.param(one, marks=needs_native if _is_native(one) else ()) for one in backends], ids=str
+    )
+
+
+def there_are(*backends: F.Backend | F.Tiling) -> list[F.Backend | F.Tiling]:
+    """Those of these backends that run here."""
+    return [one for one in backends if not (_NO_NATIVE and _is_native(one))]
+
+
+ENTRIES = st.integers(0, 60) if _NO_NATIVE else st.just(NATIVE) | st.integers(0, 60)
+TILINGS = st.builds(F.Tiling, ENTRIES, st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]))
 
 
 @st.composite

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import tree
-from onn.functional.kernels.tilings import Tiling
+from onn.functional.kernels.tilings import NATIVE, Tiling
 from tests.support import (
     BOUND,
     TILINGS,
@@ -24,6 +24,7 @@ from tests.support import (
     can_compile,
     cases,
     differentiate,
+    each_backend,
     inputs_of,
     least_pairs,
     make_case,
@@ -34,19 +35,20 @@ from tests.support import (
     project,
     record,
     stacked,
+    there_are,
     tolerance,
 )
 
 Chosen = F.Backend | Tiling
 UNMASKED: tuple[F.TapName, ...] = ("surprise", "neuron", "matrix")
 TAPS: tuple[F.TapName, ...] = (*UNMASKED, "bias")
-SPARSE: tuple[Chosen, ...] = ("grouped", "loop", Tiling(12, 0.5), Tiling(40, 2.0), Tiling(1000, 0.0), Tiling(1, 9.0))
-BACKENDS: tuple[Chosen, ...] = (*get_args(F.Backend), *SPARSE[2:])
+CUTS = (Tiling(12, 0.5), Tiling(40, 2.0), Tiling(1000, 0.0), Tiling(1, 9.0), Tiling(NATIVE, 0.4), Tiling(NATIVE, 2.0))
+SPARSE: tuple[Chosen, ...] = ("grouped", "loop", "native", *CUTS)
+BACKENDS: tuple[Chosen, ...] = (*get_args(F.Backend), *CUTS)
 ENGINES: tuple[tree.Engine, ...] = get_args(tree.Engine)
 
-every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
-sparse = pytest.mark.parametrize("backend", SPARSE, ids=str)
-compiled_backends = pytest.mark.parametrize("backend", ["dense", "grouped", "loop"])
+every_backend, sparse = each_backend(*BACKENDS), each_backend(*SPARSE)
+one_operator = each_backend("grouped", "loop", "native")
 
 
 def of_active(gradient: Inputs, case: Case) -> Inputs:
@@ -70,7 +72,7 @@ def test_however_a_bank_is_cut_up_its_numbers_are_those_of_the_dense_one(
     assert_close(got, (y, of_active(gradient, case)), bound=BOUND)
 
 
-@given(cases(), st.sampled_from(BACKENDS), st.sampled_from([(), ("surprise",), TAPS]))
+@given(cases(), st.sampled_from(there_are(*BACKENDS)), st.sampled_from([(), ("surprise",), TAPS]))
 def test_engines_agree_and_taps_change_no_gradient_bit_for_bit(
     case: Case, backend: Chosen, taps: tuple[F.TapName, ...]
 ) -> None:
@@ -81,14 +83,14 @@ def test_engines_agree_and_taps_change_no_gradient_bit_for_bit(
             assert_same(got._replace(taps={}), plain)
 
 
-@given(cases(), st.sampled_from(BACKENDS))
+@given(cases(), st.sampled_from(there_are(*BACKENDS)))
 def test_smk_masks_the_experts_alone(case: Case, backend: Chosen) -> None:
     plain = differentiate(case, min_k=case.weights.shape[1], taps=UNMASKED, backend=backend)
     masked = differentiate(case, min_k=1, taps=UNMASKED, backend=backend)
     assert_same(masked._replace(experts=plain.experts), plain)
 
 
-@given(cases(), st.sampled_from(BACKENDS), st.data())
+@given(cases(), st.sampled_from(there_are(*BACKENDS)), st.data())
 def test_biases_are_of_the_pairs_that_learn_whether_or_not_the_experts_do(
     case: Case, backend: Chosen, data: st.DataObject
 ) -> None:
@@ -171,7 +173,7 @@ def test_an_ensemble_under_vmap_is_the_loop_over_its_models(backend: Chosen, min
         assert_close(got, stacked([member(*pair) for pair in zip(inputs, dys, strict=True)]), bound=BOUND)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@one_operator
 def test_an_ensemble_of_ensembles(backend: F.Backend) -> None:
     inputs, dys = [inputs_of(case, TAPS) for case in models()], [case.dy for case in models()]
     member = members(backend, 2)[0]
@@ -213,7 +215,7 @@ def test_autocast_changes_nothing(backend: Chosen) -> None:
         assert_same(evaluate(inputs, case.dy.float(), min_k=2, backend=backend), expected)
 
 
-@compiled_backends
+@each_backend("dense", "grouped", "loop", "native")
 @pytest.mark.parametrize("min_k", [2, 4])
 def test_compiled_gradients_are_the_eager_ones_for_any_number_of_pairs(backend: F.Backend, min_k: int) -> None:
     def member(inputs: Inputs, dy: Tensor) -> tuple[Tensor, Inputs]:
@@ -227,7 +229,7 @@ def test_compiled_gradients_are_the_eager_ones_for_any_number_of_pairs(backend: 
             assert_close(compiled(inputs, case.dy), member(inputs, case.dy), bound=BOUND)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@one_operator
 def test_a_compiled_ensemble_is_the_eager_one(backend: F.Backend) -> None:
     member = tree.vmap(members(backend, 2)[0], (0, 0))
     torch._dynamo.reset()
@@ -237,7 +239,7 @@ def test_a_compiled_ensemble_is_the_eager_one(backend: F.Backend) -> None:
 
 
 @can_compile
-@pytest.mark.parametrize("backend", ["grouped", "loop"])
+@one_operator
 def test_code_that_a_compiler_wrote_gives_the_same(backend: F.Backend) -> None:
     def member(inputs: Inputs, dy: Tensor) -> tuple[Tensor, Inputs]:
         return evaluate(inputs, dy, min_k=2, backend=backend)
@@ -250,9 +252,11 @@ def test_code_that_a_compiler_wrote_gives_the_same(backend: F.Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["grouped", "loop", Tiling(2000, 0.4)], ids=str)
+@each_backend("grouped", "loop", Tiling(2000, 0.4), "native")
 @pytest.mark.parametrize("min_k", [2, 8])
 def test_narrow_dtypes_stay_within_their_roundings_of_float64(min_k: int, backend: Chosen, dtype: torch.dtype) -> None:
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native code has no float16")
     case = make_case(1, T=32, H=24, E=8, I=16, dtype=dtype)
     exact = tree.map1(Tensor.double, case)
     got = differentiate(case, min_k=min_k, taps=TAPS, backend=backend)
@@ -282,7 +286,7 @@ def test_taps_of_bfloat16_sum_over_tokens_in_float32(backend: Chosen, min_k: int
         assert_close(summed[name], 257 * once[name], bound=tolerance(torch.float32, terms=257))
 
 
-@pytest.mark.parametrize("backend", ["grouped", Tiling(12, 2.0), Tiling(1, 2.0)], ids=str)
+@each_backend("grouped", Tiling(12, 2.0), Tiling(1, 2.0), Tiling(NATIVE, 2.0))
 @pytest.mark.parametrize("min_k", [1, 4])
 def test_what_is_not_finite_stays_with_its_token_and_its_experts(backend: Chosen, min_k: int) -> None:
     case = make_case(8, T=6, H=5, E=4, I=3, density=0.5)
@@ -354,7 +358,7 @@ def test_second_derivative_is_an_error(backend: Chosen, field: str) -> None:
         tree.grad(lambda leaf: tree.grad(loss)(leaf).square().sum())(case.x if field == "x" else case.experts.gate)
 
 
-@pytest.mark.parametrize("backend", ["loop", "auto"])
+@each_backend("loop", "native", "auto")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_call_gives_the_same_bits(backend: F.Backend, dtype: torch.dtype) -> None:
     case = make_case(1, T=256, H=64, E=16, I=16, density=0.3, dtype=dtype)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
@@ -153,7 +154,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     **{
         f"tiling_name, {wrong}": Refusal(partial(tiling.tiling_name, wrong), ("tiling_name", "Tiling("))
-        for wrong in (F.Tiling(-1, 0.5), F.Tiling(1, -0.5), F.Tiling(1, math.inf), F.Tiling(1, math.nan))
+        for wrong in starmap(F.Tiling, ((-2, 0.5), (-1, -0.5), (1, -0.5), (1, math.inf), (1, math.nan)))
     },
     "backend_of": Refusal(lambda: tiling.backend_of("grouped_mm"), ("backend='grouped_mm'", "did you mean 'grouped'")),
     "backend_of, a tiling itself": Refusal(
@@ -176,7 +177,7 @@ def test_a_pool_made_by_hand_that_fits_is_sampled() -> None:
     assert (got.tokens[:, 0].tolist(), got.domain.tolist()) == ([0, 3], [0, 1])
 
 
-@pytest.mark.parametrize("entry", ['{"entries": -1, "whole_from": 0.5}', '{"entries": 1, "whole_from": -0.5}'])
+@pytest.mark.parametrize("entry", ['{"entries": -2, "whole_from": 0.5}', '{"entries": 1, "whole_from": -0.5}'])
 def test_a_kept_tiling_that_is_none_is_refused(tmp_path: Path, entry: str) -> None:
     path, sizes = (
         tmp_path / "kept.json",
@@ -264,7 +265,7 @@ def is_class(kind: object) -> bool:
     return any(name in str(kind) for name in ("Config", "MoeTraining"))
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop", "loop:1048576:0.55"])
+@pytest.mark.parametrize("backend", ["grouped", "loop", "loop:1048576:0.55", "native", "native:0.85"])
 def test_a_backend_of_active_pairs_alone_is_refused_with_the_counterfactual_target(backend: str) -> None:
     asked = replace(SPARSE.router, target="counterfactual")
     active_only = replace(SPARSE.moe, backend=backend)

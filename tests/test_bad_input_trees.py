@@ -314,7 +314,7 @@ FUNCTIONAL: dict[str, Refusal] = {
     "bank, a tap of a list": Refusal(partial(banked, [LEAF]), ("bank", "tap", "list")),
     **{
         f"bank, {tiling}": Refusal(partial(banked, backend=tiling), ("bank", "backend"))
-        for tiling in (F.Tiling(-1, 0.5), F.Tiling(cast("int", 0.5), 0.5), F.Tiling(1, -0.5), F.Tiling(1, torch.nan))
+        for tiling in (F.Tiling(-2, 0.5), F.Tiling(cast("int", 0.5), 0.5), F.Tiling(1, -0.5), F.Tiling(1, torch.nan))
     },
     **{
         f"bank_vjp, {name}": Refusal(partial(selected, lambda s, a, keep=keep: keep), ("bank_vjp", "select", words))

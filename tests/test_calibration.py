@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,11 +18,15 @@ import onn.functional as F
 from experiments import calibrating, pipeline, presets, run
 from experiments.presets import TINY, RunConfig, bank_sizes, tiled
 from onn import calibration
-from onn.calibration import DENSITIES, ENTRIES, Sizes, calibrate, calibrated, kept
+from onn.calibration import DENSITIES, ENTRIES, NEVER, Sizes, calibrate, calibrated, kept
+from onn.functional.kernels import native
+from onn.functional.kernels.cutting import parts
+from onn.functional.kernels.parts import Native, Whole, active_pairs
+from onn.functional.kernels.tilings import NATIVE
 from onn.observe import Json, encode
 from onn.qwen3 import Moe, moe_forward
 from onn.tiling import backend_of, tiling_name
-from tests.support import BOUND, assert_close, normal
+from tests.support import BOUND, assert_close, needs_native, normal
 from tests.test_qwen3 import MOE
 
 
@@ -32,7 +37,7 @@ def small(path: Path, *, width: int = 2) -> F.Tiling:
 def test_a_tiling_is_measured_once_and_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "calibration.json"
     first = small(path)
-    assert first.entries in ENTRIES
+    assert first.entries in (NATIVE, *ENTRIES)
     assert first.whole_from in (*DENSITIES, 1.0)
     other = small(path, width=3)
     assert len(json.loads(path.read_text())) == 2
@@ -41,7 +46,8 @@ def test_a_tiling_is_measured_once_and_then_read(tmp_path: Path, monkeypatch: py
     assert small(path, width=3) == other
 
 
-def test_the_fastest_of_each_comparison_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("why", "fastest"), [("none here", ENTRIES[1]), ("", ENTRIES[1]), ("", NATIVE)])
+def test_the_fastest_of_each_comparison_wins(why: str, fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[F.Tiling, float]] = []
 
     def step(tiling: F.Tiling, density: float, *args: object, **sizes: object) -> object:
@@ -52,13 +58,34 @@ def test_the_fastest_of_each_comparison_wins(monkeypatch: pytest.MonkeyPatch) ->
         tiling, density = step
         if tiling.whole_from == 0:
             return 0.5 if density >= 0.5 else 2.0
-        return 1.0 + abs(tiling.entries - ENTRIES[1])
+        return 1.0 + abs(tiling.entries - fastest)
 
+    monkeypatch.setattr(native, "why_not", lambda dtype, device: why)
     monkeypatch.setattr(calibration, "_step", step)
     monkeypatch.setattr(calibration, "_seconds", seconds)
     sizes = {"num_experts": 4, "width": 2, "hidden": 8, "tokens": 6, "repeats": 3}
-    assert calibrate(**sizes, dtype=torch.float32) == F.Tiling(ENTRIES[1], 0.55)
-    assert {tiling.entries for tiling, _ in asked} == set(ENTRIES)
+    assert calibrate(**sizes, dtype=torch.float32) == F.Tiling(fastest, 0.55)
+    assert {tiling.entries for tiling, _ in asked} == {*ENTRIES, *(() if why else (NATIVE,))}
+
+
+@needs_native
+def test_the_shares_that_are_compared_compute_all_pairs_or_none_but_the_active() -> None:
+    weights = normal(0, 6, 4) * (normal(1, 6, 4) > 0)
+    for share, kind in ((0.0, Whole), (NEVER, Native)):
+        for chosen in (weights, torch.ones_like(weights)):
+            cut = parts(active_pairs(chosen), tokens=6, width=2, hidden=8, tiling=F.Tiling(NATIVE, share))
+            assert {type(part) for part in cut} == {kind}
+
+
+def test_what_was_measured_without_native_code_is_measured_again_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "calibration.json"
+    for count, why in ((1, "none here"), (2, "")):
+        monkeypatch.setattr(native, "why_not", lambda dtype, device, why=why: why)
+        monkeypatch.setattr(calibration, "calibrate", lambda count=count, **sizes: F.Tiling(count, 0.5))
+        assert small(path) == F.Tiling(count, 0.5)
+        assert len(json.loads(path.read_text())) == count
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "NaN", '{"a": NaN}'])
@@ -96,13 +123,13 @@ def test_a_kept_tiling_is_the_one_that_was_measured_and_another_size_is_refused_
             kept(path, other)
 
 
-@given(entries=st.integers(0), whole_from=st.floats(0, allow_infinity=False))
+@given(entries=st.integers(NATIVE), whole_from=st.floats(0, allow_infinity=False))
 def test_a_tiling_comes_back_from_its_name(entries: int, whole_from: float) -> None:
     tiling = F.Tiling(entries, abs(whole_from))
     assert backend_of(tiling_name(tiling)) == tiling
 
 
-@pytest.mark.parametrize("name", ["auto", "dense", "grouped", "loop"])
+@pytest.mark.parametrize("name", get_args(F.Backend))
 def test_a_backends_name_is_that_backend(name: str) -> None:
     assert backend_of(name) == name
 
@@ -112,20 +139,24 @@ def test_a_backends_name_is_that_backend(name: str) -> None:
     [
         *("loop:", "loop:3", "loop:3:", "loop:3:0.5:1", "loop:-1:0.5", "loop:3:-0.5", "loop:3:nan", "loop:3:inf"),
         *("loop:1_0:0.5", "loop: 3:0.5", "loop:3:.5", "loop:3.0:0.5", "loop:three:0.5", f"loop:{'9' * 5000}:0.5"),
+        *("native:", "native:3:0.5", "native:-1:0.5", "native:-0.5", "native:nan", "native:inf", "native:.5"),
     ],
 )
 def test_what_no_tiling_is_called_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^MoeConfig: expected backend='loop:.* as loop:ENTRIES:SHARE"):
+    kind, _, _ = name.partition(":")
+    with pytest.raises(ValueError, match=rf"^MoeConfig: expected backend='{kind}:.* as loop:ENTRIES:SHARE or native:"):
         replace(MOE, backend=name)
 
 
-@pytest.mark.parametrize("name", ["", "dens", "Loop:3:0.5", "grouped:3:0.5"])
+@pytest.mark.parametrize("name", ["", "dens", "Loop:3:0.5", "grouped:3:0.5", "natives:0.5"])
 def test_an_unknown_backend_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^MoeConfig: unknown backend={name!r}"):
         replace(MOE, backend=name)
 
 
-@pytest.mark.parametrize("backend", ["loop:40:0.5", "loop:1000000:2.0"])
+@pytest.mark.parametrize(
+    "backend", ["loop:40:0.5", "loop:1000000:2.0", pytest.param("native:0.85", marks=needs_native)]
+)
 def test_a_carved_layer_computes_by_the_tiling_that_its_configuration_names(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,11 +16,11 @@ import onn.functional as F
 from onn import tree
 from onn.functional.experts import Backend
 from tests.numerics import BACKENDS, Rounded, analysed, assert_within, computed
-from tests.support import BOUND, Case, assert_close, assert_same, cases, make_case, normal, tolerance
+from tests.support import BOUND, Case, assert_close, assert_same, cases, each_backend, make_case, normal, tolerance
 
 NARROW = (torch.float32, torch.bfloat16)
 ALL = (*NARROW, torch.float64)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = each_backend(*BACKENDS)
 ROUNDING = tolerance(torch.float32, terms=64)
 LEAST_SQUARE = 2.0**-149
 """The smallest positive float32: what a square loses at most by underflow."""

@@ -15,7 +15,7 @@ from onn.qwen3 import Model
 from onn.recompute import recomputed, recomputing_layers
 from onn.region import Region, inline
 from onn.tree import Engine
-from tests.support import BOUND, Inputs, assert_close, assert_same, inputs_of, make_case, normal
+from tests.support import BOUND, Inputs, assert_close, assert_same, each_backend, inputs_of, make_case, normal
 from tests.test_qwen3 import MOE, config, parameters
 from tests.test_train import SETTINGS, batch, carved_state, rounding
 
@@ -104,7 +104,7 @@ def test_a_compiled_gradient_is_the_eager_one_an_ensembles_too(ensemble: bool) -
     assert_close(compiled(weight, normal(1, 5, 4)), expected, bound=BOUND)
 
 
-@pytest.mark.parametrize("backend", ["dense", "loop"])
+@each_backend("dense", "loop", "native")
 def test_compiled_banks_that_are_recomputed_measure_the_same_surprise(backend: F.Backend) -> None:
     case = make_case(0, T=6, H=4, E=5, I=3)
 

@@ -15,7 +15,17 @@ from torch.nn.functional import silu
 import onn.functional as F
 from onn import tree
 from onn.functional.transform import Taps
-from tests.support import Case, assert_close, assert_same, cases, make_case, normal, pair_bias_gradients, tolerance
+from tests.support import (
+    Case,
+    assert_close,
+    assert_same,
+    cases,
+    each_backend,
+    make_case,
+    normal,
+    pair_bias_gradients,
+    tolerance,
+)
 
 BOUND = tolerance(torch.float64, terms=64, slack=512)
 """1e-12: the sums here have at most 81 terms; the slack leaves room for cancellation in banks of one neuron."""
@@ -317,7 +327,7 @@ def test_surprise_is_the_gradient_of_an_untied_copy_for_every_position(engine: t
 
 
 @pytest.mark.parametrize("names", [(), ("surprise", "neuron"), ("matrix", "bias")])
-@pytest.mark.parametrize("backend", ["dense", "loop"])
+@each_backend("dense", "loop", "native")
 def test_surprise_and_its_gradients_compile_as_one_graph(backend: F.Backend, names: tuple[F.TapName, ...]) -> None:
     case = make_case(0, T=6, H=5, E=3, I=2)
 

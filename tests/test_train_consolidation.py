@@ -15,7 +15,7 @@ from onn.functional.transform import Taps
 from onn.objective import Granularity, Measured, StepConfig
 from onn.qwen3 import Model
 from onn.train import State
-from tests.support import assert_close, assert_same, tolerance
+from tests.support import assert_close, assert_same, each_backend, tolerance
 from tests.test_qwen3 import parameters
 from tests.test_train import (
     ARCHITECTURE,
@@ -127,7 +127,7 @@ def test_a_step_is_pure_and_both_engines_agree(granularity: Granularity) -> None
     assert_close(train.step(state, data, (), replace(settings, engine="func")), first, bound=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop", "auto"])
+@each_backend("grouped", "loop", "native", "auto")
 def test_a_step_on_active_pairs_alone_is_that_of_the_dense_bank(backend: str) -> None:
     """But for the router, which there has no gradient of what it did not choose."""
     settings = changed(HARDENED, moe=replace(SPARSE.moe, backend=backend))

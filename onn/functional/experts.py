@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onn import check
+from onn.functional.kernels import native
 from onn.functional.kernels.dense import (
     dense_backward,
     dense_forward,
@@ -27,11 +28,11 @@ from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.precision import as_given
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
-from onn.functional.kernels.tilings import Tiling, default_tiling
+from onn.functional.kernels.tilings import NATIVE, Tiling, default_tiling, native_tiling
 from onn.functional.surprise import parameter_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
-Backend = Literal["auto", "dense", "grouped", "loop"]
+Backend = Literal["auto", "dense", "grouped", "loop", "native"]
 TapName = Literal["surprise", "counterfactual", "neuron", "matrix", "bias"]
 Select = Callable[[Tensor, Tensor], Tensor]
 _MOST_TOKENS = 2**31
@@ -325,8 +326,8 @@ def bank(
         min_k: how many of a token's active experts learn from it; E keeps all and is the plain layer.
         backend: how it is computed. `dense` computes every pair of token and expert. `grouped` sorts the active pairs
             by expert and multiplies them in grouped products, on a GPU after waiting for their number; `loop` takes
-            few experts at a time, so that their rows stay in a CPU's cache. `auto` is one of them by device and
-            sizes; a `Tiling` is a `loop` with measured numbers (`onn.calibration`).
+            few experts at a time, in a CPU's cache; `native` gathers no rows, by C++ compiled at first use. `auto` is
+            one of them by device, dtype and sizes; a `Tiling` is `loop` or `native` in numbers (`onn.calibration`).
 
     Returns:
         y [T, H]. Composes with `torch.func.grad`, `vmap` and `torch.compile(fullgraph=True)` of both. Differentiable
@@ -338,13 +339,13 @@ def bank(
         `dense`. And a token that is not finite spoils the gradients of its own experts, or of others as well.
 
     Raises:
-        ValueError: shapes or dtypes differ, a tap is not floating, `min_k` out of range, an unknown tap or backend, or
-            the counterfactual tap with `grouped`, `loop` or a tiling, which do not compute inactive experts.
+        ValueError: shapes or dtypes differ, a tap is not floating, `min_k` out of range, an unknown tap or backend,
+            `native` without a compiler, or the counterfactual tap where inactive experts are not computed.
     """
     sizes = _sizes("bank", experts, x, weights)
     check.whole("bank", "min_k", min_k, 1, sizes["E"])
     if isinstance(backend, Tiling):
-        check.whole("bank", "backend.entries", backend.entries, 0, _MOST_ENTRIES)
+        check.whole("bank", "backend.entries", backend.entries, NATIVE, _MOST_ENTRIES)
         check.at_least("bank", "backend.whole_from", backend.whole_from, 0)
     else:
         check.one_of("bank", "backend", backend, get_args(Backend))
@@ -371,12 +372,21 @@ def _tiling(backend: Backend | Tiling, experts: Experts, *, tokens: int, taps: M
         "counterfactual" not in taps,
         f"bank: the counterfactual tap needs every expert computed: expected backend='dense', got {backend!r}.",
     )
-    if isinstance(backend, Tiling):
-        return backend
-    if backend == "grouped" or (backend == "auto" and experts.gate.is_cuda):
+    tiling = backend if isinstance(backend, Tiling) else _named(backend, experts.gate)
+    if tiling.entries == NATIVE:
+        why = native.why_not(experts.gate.dtype, experts.gate.device.type)
+        check.require(not why, f"bank: expected backend={backend!r} where there is native code: {why}.")
+    return tiling
+
+
+def _named(backend: Backend, matrix: Tensor) -> Tiling:
+    """The numbers of a backend that computes active pairs alone, for experts like this matrix [E, I, H]."""
+    if backend == "grouped" or (backend == "auto" and matrix.is_cuda):
         return Tiling(entries=0, whole_from=math.inf)
-    _, width, hidden = experts.gate.shape
-    return default_tiling(width=width, hidden=hidden, dtype=experts.gate.dtype)
+    if backend == "native" or (backend == "auto" and native.available(matrix.dtype, matrix.device.type)):
+        return native_tiling()
+    _, width, hidden = matrix.shape
+    return default_tiling(width=width, hidden=hidden, dtype=matrix.dtype)
 
 
 def _dense_is_faster(experts: Experts, *, tokens: int) -> bool:

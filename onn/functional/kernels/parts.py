@@ -1,4 +1,4 @@
-"""The active (token, expert) pairs of a bank in the order of the experts, cut into parts that are multiplied at once.
+"""The active (token, expert) pairs of a bank in the order of the experts, and parts that are multiplied at once.
 
 Shape letters: T tokens, H hidden, E experts, I expert intermediate size, R pairs; of a part: G experts, N rows of each.
 
@@ -9,14 +9,14 @@ only fill a part up point there.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from onn.functional.kernels.tilings import Tiling
+from onn.functional.kernels import native
 
 Span: TypeAlias = "slice[int, int, int]"
 
@@ -141,9 +141,9 @@ class Padded(NamedTuple):
         """[G, N, I], made of `spread` rows and 0 where filled up as it is."""
         return rows
 
-    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """`matrix_e rows`: [G, N, H] to [G, N, I]."""
-        return torch.bmm(rows, matrix[self.experts].mT)
+    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
+        """`matrix_e rows` of each matrix: [G, N, H] to [G, N, I]."""
+        return [torch.bmm(rows, matrix[self.experts].mT) for matrix in matrices]
 
     def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
         """Add the sum of the products of [G, N, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
@@ -157,10 +157,11 @@ class Padded(NamedTuple):
             sent = self.space.rows("wide", *shape, like=into, dtype=into.dtype).copy_(sent)
         into.index_add_(0, self.tokens, sent.flatten(0, 1))
 
-    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
-        """Sums of the outer products of [G, N, I], 0 where filled up, and [G, N, H]: the part's rows of `out`."""
-        torch.bmm(rows.mT, sources, out=out[self.experts])
-        self._clear(out)
+    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+        """Sums of the outer products of [G, N, H] and each [G, N, I], 0 where filled up, into `out`."""
+        for rows, out in products:
+            torch.bmm(rows.mT, sources, out=out[self.experts])
+            self._clear(out)
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [G, N, I] over the rows of each expert: the part's rows of `out` [E, I]."""
@@ -207,11 +208,10 @@ class Whole(NamedTuple):
         """
         return rows if bool(rows.sum().isfinite()) else torch.where(weight != 0, rows, 0)
 
-    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """[T, H] to [T, G, I]."""
-        part = matrix[self.experts]
-        projected: Tensor = (rows @ part.flatten(0, 1).mT).unflatten(1, part.shape[:2])
-        return projected
+    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
+        """[T, H] to [T, G, I] each."""
+        own = [matrix[self.experts] for matrix in matrices]
+        return [(rows @ part.flatten(0, 1).mT).unflatten(1, part.shape[:2]) for part in own]
 
     def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
         """Add the sum over products and experts, of [T, G, I] and [E, I, H], to the tokens [T + 1, H]."""
@@ -222,9 +222,10 @@ class Whole(NamedTuple):
             else:
                 into[: self.tokens] += torch.mm(*factors)
 
-    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
-        """Sums of the outer products of [T, G, I] and [T, H]."""
-        torch.mm(rows.flatten(1).mT, sources, out=out[self.experts].flatten(0, 1))
+    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+        """Sums of the outer products of [T, H] and each [T, G, I]."""
+        for rows, out in products:
+            torch.mm(rows.flatten(1).mT, sources, out=out[self.experts].flatten(0, 1))
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [T, G, I] over the tokens."""
@@ -257,9 +258,9 @@ class Ragged(NamedTuple):
         """[R, I], of pairs alone."""
         return rows
 
-    def project(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """[R, H] to [R, I]."""
-        return self._by_expert(rows, matrix.mT)
+    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
+        """[R, H] to [R, I] each."""
+        return [self._by_expert(rows, matrix.mT) for matrix in matrices]
 
     def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
         """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
@@ -268,13 +269,14 @@ class Ragged(NamedTuple):
             sent += other
         into.index_add_(0, self.tokens, sent.to(into.dtype))
 
-    def outer(self, rows: Tensor, sources: Tensor, out: Tensor) -> None:
-        """Sums of the outer products of [R, I] and [R, H] by expert."""
-        if takes_grouped(rows, sources):
-            out.copy_(grouped_mm(rows.mT, sources, offs=self._offsets(rows)))
-        else:
-            for segment, a, b in zip(out.unbind(0), self._split(rows), self._split(sources), strict=True):
-                torch.mm(a.mT, b, out=segment)
+    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+        """Sums of the outer products of [R, H] and each [R, I] by expert."""
+        for rows, out in products:
+            if takes_grouped(rows, sources):
+                out.copy_(grouped_mm(rows.mT, sources, offs=self._offsets(rows)))
+            else:
+                for segment, a, b in zip(out.unbind(0), self._split(rows), self._split(sources), strict=True):
+                    torch.mm(a.mT, b, out=segment)
 
     def total(self, rows: Tensor, out: Tensor) -> None:
         """Sums of [R, I] by expert."""
@@ -296,7 +298,47 @@ class Ragged(NamedTuple):
         return torch.split(rows, sizes)
 
 
-Part = Padded | Whole | Ragged
+class Native(NamedTuple):
+    """All experts at once, by native code: no row is gathered."""
+
+    segments: native.Segments
+    owners: Tensor
+    """[R]: the expert of each row."""
+
+    def take(self, source: Tensor, slot: str) -> Tensor:
+        """[T, H]."""
+        return source
+
+    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
+        """[R + 1, I] to [R, I]; of a tensor of more pairs, `among` which these are."""
+        return _rows(values, slice(0, len(self.segments.token)), among)
+
+    def put(self, rows: Tensor, into: Tensor) -> None:
+        """The inverse of `spread`."""
+        into[:-1] = rows
+
+    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """[R, I], of pairs alone."""
+        return rows
+
+    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
+        """[T, H] to [R, I] each."""
+        return native.project(rows, matrices, self.segments)
+
+    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
+        native.combine(products, self.segments, into[:-1])
+
+    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+        """Sums of the outer products of [R, I] and [T, H] by expert."""
+        native.outer(sources, products, self.segments)
+
+    def total(self, rows: Tensor, out: Tensor) -> None:
+        """Sums of [R, I] by expert."""
+        out.zero_().index_add_(0, self.owners, rows.to(out.dtype))
+
+
+Part = Padded | Whole | Ragged | Native
 
 
 def _rows(values: Tensor, pairs: Span | Tensor, among: Tensor | None) -> Tensor:
@@ -316,78 +358,3 @@ def takes_grouped(first: Tensor, second: Tensor) -> bool:
 def _aligned(operand: Tensor) -> bool:
     unit, wide = sorted(operand.stride()[-2:])
     return unit == 1 and all(stride * operand.element_size() % 16 == 0 for stride in (wide, *operand.stride()[:-2]))
-
-
-def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling) -> Iterator[Part]:
-    """Cut the pairs up, in order; every expert is in one part.
-
-    Args:
-        pairs: of `active_pairs`.
-        tokens: T.
-        width: I.
-        hidden: H.
-        tiling: how; with `entries` 0 it is one `Ragged` part.
-    """
-    if tiling.entries == 0:
-        ends = torch.tensor(pairs.counts).cumsum(0).tolist()
-        yield Ragged(tokens=pairs.token[:-1], owners=pairs.expert[:-1], ends=tuple(ends))
-        return
-    space = Workspace()
-    rows, wide = max(1, tiling.entries // hidden), max(1, 2 * tiling.entries // max(tokens * width, 1))
-    least = tiling.whole_from * tokens
-    first = start = 0
-    while first < len(pairs.counts):
-        whole = pairs.counts[first] > 0 and pairs.counts[first] >= least
-        size = _like(pairs.counts[first:], least, wide) if whole else _similar(pairs.counts[first:], rows, least)
-        experts, last = slice(first, first + size), start + sum(pairs.counts[first : first + size])
-        if whole:
-            inside = slice(start, last)
-            places = pairs.token[inside] * size + (pairs.expert[inside] - first)
-            yield Whole(experts=experts, pairs=inside, places=places, tokens=tokens)
-        else:
-            yield _padded(pairs, experts, start, space)
-        first, start = first + size, last
-
-
-_SLACK: Final = 0.75
-"""A part takes in experts that alone would fall just beyond its kind: parts of one expert each cost more."""
-
-
-def _like(counts: Sequence[int], least: float, most: int) -> int:
-    """How many of the first experts have about `least` pairs or more, `most` at most."""
-    size = 1
-    while size < min(most, len(counts)) and counts[size] >= _SLACK * least:
-        size += 1
-    return size
-
-
-def _similar(counts: Sequence[int], rows: int, below: float) -> int:
-    """How many of the first experts fill `rows` rows together and are not made up of filling."""
-    size, largest, total = 1, counts[0], counts[0]
-    for count in counts[1:]:
-        largest, total = max(largest, count), total + count
-        filled = (size + 1) * largest
-        if filled > rows or filled > 1.4 * total + 256 or (count > 0 and _SLACK * count >= below):
-            break
-        size += 1
-    return size
-
-
-def _padded(pairs: Pairs, experts: Span, start: int, space: Workspace) -> Padded:
-    counts = pairs.counts[experts]
-    rows, last = max(counts), start + sum(counts)
-    inside = slice(start, last)
-    if rows * len(counts) == last - start:
-        return Padded(experts, pairs=inside, tokens=pairs.token[inside], filling=None, rows=rows, space=space)
-    held = torch.tensor(counts, device=pairs.token.device)[:, None]
-    begins = start + held.cumsum(0) - held
-    lane = torch.arange(rows, device=pairs.token.device)
-    places = torch.where(lane < held, begins + lane, pairs.number).flatten()
-    own = (begins + torch.minimum(lane, held - 1)).clamp(min=start).flatten()
-    filling = Filling(
-        places,
-        tokens=pairs.token.index_select(0, own),
-        without=tuple(experts.start + place for place, count in enumerate(counts) if not count),
-    )
-    tokens = pairs.token.index_select(0, places)
-    return Padded(experts, pairs=inside, tokens=tokens, filling=filling, rows=rows, space=space)

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
+from onn.functional.kernels import native
+from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
-from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs, parts
-from onn.functional.kernels.tilings import Tiling
+from onn.functional.kernels.parts import Native, Pairs, Part, active_pairs, extended, kept_pairs
+from onn.functional.kernels.tilings import NATIVE, Tiling
 from onn.functional.surprise import min_k_mask, weight_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
@@ -113,7 +115,7 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
     y = x.new_zeros(T + 1, H, dtype=reduction_dtype(x.dtype))
     for part in parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling):
         rows = part.take(x, "x")
-        gated, raised = part.project(rows, experts.gate), part.project(rows, experts.up)
+        gated, raised = part.project(rows, experts.gate, experts.up)
         part.put(gated, h1)
         part.put(raised, h3)
         part.send((_weighted(part, silu(gated).mul_(raised), part.spread(pairs.weight)), experts.down), into=y)
@@ -134,6 +136,23 @@ def _weighted(part: Part, rows: Tensor, weight: Tensor) -> Tensor:
     """
     short = rows.shape[-1] * rows.element_size() < 64
     return part.guarded(rows.mul_(weight.expand_as(rows).contiguous() if short else weight), weight)
+
+
+def _unit(part: Part, residuals: Residuals, u: Tensor, *, measured: bool) -> tuple[Local, Tensor, Tensor]:
+    """The unit gradients [..., I], the gradient of the combine weight [..., 1] and, where measured, `_norms`."""
+    if isinstance(part, Native):
+        return native.local(residuals, u)
+    local = unit_gradients(residuals, u)
+    inner = (local.a * u).sum(dim=-1, keepdim=True)
+    return local, inner, _norms(local) if measured else inner[..., :0]
+
+
+def _lengths(rows: Tensor, tiling: Tiling) -> Tensor:
+    """The norm of each row [T, H], float32 at least."""
+    if tiling.entries == NATIVE:
+        return native.lengths(rows)
+    norms: Tensor = vector_norm(rows, dim=-1, dtype=reduction_dtype(rows.dtype))
+    return norms
 
 
 def _norms(local: Local) -> Tensor:
@@ -197,17 +216,17 @@ def _backward_one(
     products = of_pairs(I if masked else 0, x.dtype)
     sources = norms
     if measured or wanted.squares:
-        ends = torch.stack([vector_norm(rows, dim=-1, dtype=wide) for rows in (x, dy)], dim=-1)
+        ends = torch.stack([_lengths(rows, tiling) for rows in (x, dy)], dim=-1)
         sources = extended(ends).index_select(0, pairs.token)
 
     def first_pass(part: Part) -> None:
         """Everything but what only the least surprised pairs are to give, where these are not known yet."""
         g, weight = part.take(dy, "dy"), part.spread(pairs.weight)
-        u = part.project(g, experts.down)
-        local = unit_gradients(Residuals(part.spread(residuals.h1), part.spread(residuals.h3)), u)
-        part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
+        (u,) = part.project(g, experts.down)
+        local, inner, lengths = _unit(part, Residuals(*map(part.spread, residuals)), u, measured=measured)
+        part.put(inner, d_weights)
         if measured:
-            part.put(_norms(local), norms)
+            part.put(lengths, norms)
         if wanted.squares:
             met = matrix_squares(local, *(weight * part.spread(sources)).split(1, dim=-1))
             for square, total in zip(met, squares, strict=True):
@@ -230,12 +249,13 @@ def _backward_one(
     if measured:
         surprise = weight_surprise(torch.hypot(*(norms * sources).split(1, dim=1)), pairs.weight)[:-1, 0]
     if masked:
-        kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
+        kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, tiling, min_k=min_k))
         products = products.index_select(0, places)
         learnt = room(needed=wanted.experts)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
             h1, h3 = (part.spread(rows, places) for rows in residuals)
-            local, weight = unit_gradients(Residuals(h1, h3), part.spread(products)), part.spread(kept.weight)
+            local, *_ = _unit(part, Residuals(h1, h3), part.spread(products), measured=False)
+            weight = part.spread(kept.weight)
             rows = Local(*(_weighted(part, one, weight) for one in local))
             if wanted.experts:
                 _learn(part, rows, part.take(x, "x"), part.take(dy, "dy"), learnt)
@@ -256,9 +276,8 @@ def _backward_one(
 
 
 def _learn(part: Part, rows: Local, x: Tensor, dy: Tensor, learnt: Experts) -> None:
-    part.outer(rows.c1, x, learnt.gate)
-    part.outer(rows.c3, x, learnt.up)
-    part.outer(rows.a, dy, learnt.down)
+    part.outer(x, (rows.c1, learnt.gate), (rows.c3, learnt.up))
+    part.outer(dy, (rows.a, learnt.down))
 
 
 def _learn_bias(part: Part, c1: Tensor, c3: Tensor, bias: Tensor) -> None:
@@ -266,8 +285,10 @@ def _learn_bias(part: Part, c1: Tensor, c3: Tensor, bias: Tensor) -> None:
     part.total(c3, bias[1])
 
 
-def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, *, min_k: int) -> Tensor:
+def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, tiling: Tiling, *, min_k: int) -> Tensor:
     """`min_k_mask` of the pairs, bool [R]: sorted are only as many columns as a token has experts at most."""
+    if tiling.entries == NATIVE:
+        return native.least(surprise, pairs.token[:-1], tokens=len(weights), min_k=min_k, dtype=weights.dtype)
     active = weights != 0
     place = (pairs.token[:-1], active.cumsum(dim=1)[pairs.token[:-1], pairs.expert[:-1]] - 1)
     columns = surprise.new_zeros(len(weights), int(active.sum(dim=1).max()))

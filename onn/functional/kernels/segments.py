@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from onn.functional.kernels.parts import Pairs, extended, parts, takes_grouped
-from onn.functional.kernels.tilings import GATHERING
+from onn.functional.kernels.cutting import parts
+from onn.functional.kernels.parts import Pairs, extended, takes_grouped
+from onn.functional.kernels.tilings import gathering
 
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
@@ -43,8 +44,8 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     )
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
     owned = extended(rows[:last])
-    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=GATHERING):
-        part.outer(part.spread(owned), part.take(x, "x"), out)
+    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=gathering(x)):
+        part.outer(part.take(x, "x"), (part.spread(owned), out))
     return out
 
 

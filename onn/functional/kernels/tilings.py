@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import torch
+from torch import Tensor
+
+from onn.functional.kernels import native
 
 
 class Tiling(NamedTuple):
@@ -12,19 +15,32 @@ class Tiling(NamedTuple):
 
     entries: int
     """Of the gathered rows [G, N, H] of a part, at most: what stays in a cache; half as many as of the activations
-    [T, G, I] where nothing is gathered. 0 takes all experts at once.
+    [T, G, I] where nothing is gathered. 0 takes all experts at once, `NATIVE` too, by native code.
     """
     whole_from: float
     """Share of the tokens from which an expert computes all of them, which saves the gather; about that share its
-    neighbours decide.
+    neighbours decide. Native code gathers nothing: there it is the share of all pairs.
     """
 
+
+NATIVE: Final = -1
+"""For `entries`: the active pairs by native code."""
 
 GATHERING: Final = Tiling(entries=2**21, whole_from=torch.inf)
 """What was fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each, where all rows are gathered."""
 _capabilities: Final = getattr(torch.cpu, "get_capabilities", None)
 _AMX: Final = _capabilities is not None and bool(_capabilities().get("amx_bf16", False))
 """This CPU multiplies tiles of bfloat16; torch of before 2.15 does not tell."""
+
+
+def native_tiling() -> Tiling:
+    """What was fastest where there is native code: nearly all pairs are active before a plain product wins."""
+    return Tiling(NATIVE, whole_from=0.85)
+
+
+def gathering(rows: Tensor) -> Tiling:
+    """For products of rows like these, all of which are gathered or read in place."""
+    return Tiling(NATIVE, torch.inf) if native.available(rows.dtype, rows.device.type) else GATHERING
 
 
 def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
