@@ -19,6 +19,7 @@ class Mutation(NamedTuple):
 
 
 _SURPRISE, _EXPERTS, _ROUTING = ("onn/functional/" + name for name in ("surprise.py", "experts.py", "routing.py"))
+_NATIVE = "onn/functional/kernels/native.cpp"
 _LOSSES, _INTEGRITY, _LIFECYCLE = ("onn/functional/" + name for name in ("losses.py", "integrity.py", "lifecycle.py"))
 
 FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
@@ -148,6 +149,41 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
             "filled, min_k=min(min_k, columns.shape[1]))[place]",
             "filled, min_k=columns.shape[1])[place]",
             ("numerics",),
+        ),
+        "native_tail_dropped": Mutation(
+            "a dot product of native code without the numbers that fill no vector",
+            _NATIVE,
+            "for (int64_t h = done; h < H; ++h) dot +=",
+            "for (int64_t h = H; h < H; ++h) dot +=",
+            ("native",),
+        ),
+        "native_rows_forgotten": Mutation(
+            "a weight gradient of native code of the last rows of an expert alone",
+            _NATIVE,
+            "if (r > start) {",
+            "if (r < start) {",
+            ("native",),
+        ),
+        "native_sums_replaced": Mutation(
+            "the last expert of a token instead of their sum in native code",
+            _NATIVE,
+            "store(sum + c * L, load(sum + c * L) + block[m][c])",
+            "store(sum + c * L, block[m][c])",
+            ("native",),
+        ),
+        "native_slope": Mutation(
+            "the derivative of SiLU without its second term in native code",
+            _NATIVE,
+            "by * up * (open + gated * (1 - open))",
+            "by * up * open",
+            ("native",),
+        ),
+        "native_nan_learns_first": Mutation(
+            "SMK of native code does not keep what is not finite last",
+            _NATIVE,
+            "std::isfinite(surprise[r]) ? surprise[r] : std::numeric_limits<A>::infinity()",
+            "std::isfinite(surprise[r]) ? surprise[r] : -std::numeric_limits<A>::infinity()",
+            ("native",),
         ),
         "kept_pairs_counted_over_all": Mutation(
             "pairs that learn under SMK take the activations of others",
