@@ -4,6 +4,8 @@ is not.
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from experiments import mutations
 from experiments.mutants import Mutation
 from experiments.mutations import MUTATIONS, Options, Outcome
+from tests.support import needs_native
 
 ROOT = Path(__file__).parents[1]
 MISTAKE = Mutation("a mistake", "onn/module.py", "return 1", "return 2", ("one",))
@@ -23,9 +26,20 @@ def test_every_mistake_can_be_planted_and_changes_a_file_that_still_compiles(nam
     source = (ROOT / mutation.file).read_text(encoding="utf-8")
     changed = mutations.planted(source, mutation)
     assert changed != source
-    compile(changed, mutation.file, "exec")
+    if mutation.file.endswith(".py"):
+        compile(changed, mutation.file, "exec")
     assert mutation.tests
     assert all((ROOT / "tests" / f"test_{test}.py").is_file() for test in mutation.tests)
+
+
+@needs_native
+@pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if mutation.file.endswith(".cpp")])
+def test_native_code_with_a_mistake_still_compiles(name: str) -> None:
+    file = ROOT / MUTATIONS[name].file
+    changed = mutations.planted(file.read_text(encoding="utf-8"), MUTATIONS[name])
+    compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
+    options = ("-std=c++20", "-march=native", "-fsyntax-only", "-DONN_NUMBER=float", f"-I{file.parent}", "-xc++", "-")
+    subprocess.run([compiler, *options], input=changed, text=True, check=True)
 
 
 def test_there_are_at_least_the_twenty_likeliest_and_no_two_are_the_same() -> None:

@@ -374,7 +374,7 @@ def _tiling(backend: Backend | Tiling, experts: Experts, *, tokens: int, taps: M
     )
     tiling = backend if isinstance(backend, Tiling) else _named(backend, experts.gate)
     if tiling.entries == NATIVE:
-        why = native.why_not(experts.gate.dtype, experts.gate.device.type)
+        why = native.why_not(experts.gate.dtype, device=experts.gate.device.type)
         check.require(not why, f"bank: expected backend={backend!r} where there is native code: {why}.")
     return tiling
 
@@ -383,7 +383,7 @@ def _named(backend: Backend, matrix: Tensor) -> Tiling:
     """The numbers of a backend that computes active pairs alone, for experts like this matrix [E, I, H]."""
     if backend == "grouped" or (backend == "auto" and matrix.is_cuda):
         return Tiling(entries=0, whole_from=math.inf)
-    if backend == "native" or (backend == "auto" and native.available(matrix.dtype, matrix.device.type)):
+    if backend == "native" or (backend == "auto" and native.available(matrix.dtype, device=matrix.device.type)):
         return native_tiling()
     _, width, hidden = matrix.shape
     return default_tiling(width=width, hidden=hidden, dtype=matrix.dtype)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from onn.functional.types import Local, Residuals, reduction_dtype
 
-_NUMBERS: Final = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+_NUMBERS: Final = MappingProxyType({torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"})
 _FLAGS: Final = ("-std=c++20", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "lanes.h", "work.h", "amx.h"))
 
@@ -38,7 +39,7 @@ class Segments(NamedTuple):
     """[E] int64: where the pairs of each expert end."""
 
 
-def why_not(dtype: torch.dtype, device: str) -> str:
+def why_not(dtype: torch.dtype, *, device: str) -> str:
     """Why there is no native code for tensors of this kind; nothing where there is."""
     if device != "cpu" or dtype not in _NUMBERS:
         return f"there is none for {dtype} on {device}"
@@ -49,9 +50,9 @@ def why_not(dtype: torch.dtype, device: str) -> str:
 torch.compiler.assume_constant_result(why_not)
 
 
-def available(dtype: torch.dtype, device: str) -> bool:
+def available(dtype: torch.dtype, *, device: str) -> bool:
     """Whether there is native code for tensors of this kind."""
-    return not why_not(dtype, device)
+    return not why_not(dtype, device=device)
 
 
 def project(x: Tensor, matrices: Sequence[Tensor], segments: Segments) -> list[Tensor]:

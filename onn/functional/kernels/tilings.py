@@ -40,7 +40,7 @@ def native_tiling() -> Tiling:
 
 def gathering(rows: Tensor) -> Tiling:
     """For products of rows like these, all of which are gathered or read in place."""
-    return Tiling(NATIVE, torch.inf) if native.available(rows.dtype, rows.device.type) else GATHERING
+    return Tiling(NATIVE, torch.inf) if native.available(rows.dtype, device=rows.device.type) else GATHERING
 
 
 def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:
