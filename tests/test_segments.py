@@ -152,3 +152,12 @@ def test_segment_outer_on_cuda_is_the_loop(dtype: torch.dtype, I: int, H: int) -
     case = make(4, R=33, I=I, T=7, H=H, E=6, owned=20, dtype=dtype)
     got = segment_outer(*(leaf.to("cuda") for leaf in case))
     assert_close(got.cpu(), by_loop(*case), bound=tolerance(dtype, terms=33))
+
+
+def test_a_row_that_is_not_there_and_two_dtypes_are_errors() -> None:
+    rows, x, ends = torch.ones(3, 2), torch.ones(4, 5), torch.tensor([3])
+    for token in ([0, 1, 4], [0, -5, 1]):
+        with pytest.raises(IndexError):
+            segment_outer(rows, x, torch.tensor(token), ends)
+    with pytest.raises(RuntimeError, match="dtype"):
+        segment_outer(rows.bfloat16(), x, torch.tensor([0, 1, 2]), ends)

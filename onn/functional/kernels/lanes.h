@@ -131,7 +131,7 @@ void put_totals(const Vector<A>* vectors, A* out) {
   }
 }
 
-// e^x, to about the last place; infinite above the largest number.
+// e^x, to about the last place; infinite from 88.4 (709.4) on, a third before the largest number.
 template <class A>
 Vector<A> exponential(Vector<A> x) {
   constexpr bool twice = sizeof(A) == 8;

@@ -67,6 +67,7 @@ def combine(products: Sequence[tuple[Tensor, Tensor]], segments: Segments, into:
     """Add the sums over products and experts of [R, I] times [E, I, H] to the tokens, `into` [T, H]."""
     rows, matrices = zip(*products, strict=True)
     E, I, H = matrices[0].shape
+    assert into.is_contiguous()
     wide = [one.to(into.dtype) for one in rows]
     number, tokens = len(products), len(into)
     _call("combine", matrices[0].dtype, number, _each(wide), _each(matrices), *segments, E, I, H, tokens, into)
@@ -76,6 +77,7 @@ def outer(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], segments: Segmen
     """Sums of the outer products of rows [R, I] and x [T, H] by expert, into [E, I, H]."""
     rows, out = zip(*products, strict=True)
     E, I, H = out[0].shape
+    assert all(one.is_contiguous() for one in out)
     wide = [one.to(reduction_dtype(x.dtype)) for one in rows]
     _call("outer", x.dtype, len(products), _each(wide), x.contiguous(), *segments, E, I, H, _each(out))
 

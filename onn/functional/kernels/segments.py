@@ -11,7 +11,7 @@ from torch.nn.functional import grouped_mm
 
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.parts import Pairs, extended, takes_grouped
-from onn.functional.kernels.tilings import gathering
+from onn.functional.kernels.tilings import GATHERING, gathering
 
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
@@ -34,6 +34,7 @@ def segment_outer(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tenso
 
 
 def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
+    """By native code, which looks after no mistakes, where there are none: others are left to stock operators."""
     last = int(ends[-1]) if len(ends) else 0
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     pairs = Pairs(
@@ -44,7 +45,9 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     )
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
     owned = extended(rows[:last])
-    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=gathering(x)):
+    named = last == 0 or 0 <= int(token[:last].min()) <= int(token[:last].max()) < len(x)
+    tiling = gathering(x) if named and rows.dtype == x.dtype else GATHERING
+    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=tiling):
         part.outer(part.take(x, "x"), (part.spread(owned), out))
     return out
 
