@@ -28,7 +28,7 @@ from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.precision import as_given
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
-from onn.functional.kernels.tilings import NATIVE, Tiling, default_tiling, native_tiling
+from onn.functional.kernels.tilings import NATIVE, NATIVE_TILING, Tiling, default_tiling
 from onn.functional.surprise import parameter_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
@@ -384,7 +384,7 @@ def _named(backend: Backend, matrix: Tensor) -> Tiling:
     if backend == "grouped" or (backend == "auto" and matrix.is_cuda):
         return Tiling(entries=0, whole_from=math.inf)
     if backend == "native" or (backend == "auto" and native.available(matrix.dtype, device=matrix.device.type)):
-        return native_tiling()
+        return NATIVE_TILING
     _, width, hidden = matrix.shape
     return default_tiling(width=width, hidden=hidden, dtype=matrix.dtype)
 

@@ -296,7 +296,8 @@ void least(const A* surprise, const int64_t* token, int64_t R, int64_t tokens, i
   };
 #pragma omp parallel for
   for (int64_t t = 0; t < tokens; ++t) {
-    int64_t *first = pairs.data() + ends[t], *last = pairs.data() + ends[t + 1], *end = std::min(first + most, last);
+    int64_t *first = pairs.data() + ends[t], *last = pairs.data() + ends[t + 1];
+    int64_t* end = first + std::min<int64_t>(most, last - first);
     if (end < last) std::nth_element(first, end, last, [&](int64_t a, int64_t b) { return key(a) < key(b); });
     for (int64_t* pair = first; pair < last; ++pair) keep[*pair] = pair < end;
   }

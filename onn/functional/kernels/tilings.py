@@ -26,16 +26,14 @@ class Tiling(NamedTuple):
 NATIVE: Final = -1
 """For `entries`: the active pairs by native code."""
 
+NATIVE_TILING: Final = Tiling(NATIVE, whole_from=0.85)
+"""Where there is native code: it was ahead with half of all pairs active, and a plain product with all of them."""
+
 GATHERING: Final = Tiling(entries=2**21, whole_from=torch.inf)
 """What was fastest on CPUs of 2 cores with 1 or 2 MiB of second-level cache each, where all rows are gathered."""
 _capabilities: Final = getattr(torch.cpu, "get_capabilities", None)
 _AMX: Final = _capabilities is not None and bool(_capabilities().get("amx_bf16", False))
 """This CPU multiplies tiles of bfloat16; torch of before 2.15 does not tell."""
-
-
-def native_tiling() -> Tiling:
-    """What was fastest where there is native code: nearly all pairs are active before a plain product wins."""
-    return Tiling(NATIVE, whole_from=0.85)
 
 
 def gathering(rows: Tensor) -> Tiling:
