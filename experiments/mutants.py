@@ -19,7 +19,9 @@ class Mutation(NamedTuple):
 
 
 _SURPRISE, _EXPERTS, _ROUTING = ("onn/functional/" + name for name in ("surprise.py", "experts.py", "routing.py"))
-_NATIVE = "onn/functional/kernels/native.cpp"
+_NATIVE, _NATIVE_ACTIVATIONS, _NATIVE_PAIRS = (
+    "onn/functional/kernels/" + name for name in ("native.cpp", "activations.h", "pairs.h")
+)
 _LOSSES, _INTEGRITY, _LIFECYCLE = ("onn/functional/" + name for name in ("losses.py", "integrity.py", "lifecycle.py"))
 
 FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
@@ -173,14 +175,35 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
         ),
         "native_slope": Mutation(
             "the derivative of SiLU without its second term in native code",
-            _NATIVE,
+            _NATIVE_ACTIVATIONS,
             "by * up * (open + gated * (1 - open))",
             "by * up * open",
+            ("native_activations",),
+        ),
+        "native_surprise_without_weight": Mutation(
+            "surprise without the combine weight in native code",
+            _NATIVE_ACTIVATIONS,
+            "std::hypot(inner, outer) * std::abs(weight[r])",
+            "std::hypot(inner, outer)",
+            ("native_activations",),
+        ),
+        "native_squares_of_all_lengths_alike": Mutation(
+            "squared surprise by neuron without the lengths of the tokens in native code",
+            _NATIVE_ACTIVATIONS,
+            "scale ? row * scale[token[r]] : row",
+            "row",
+            ("native_activations",),
+        ),
+        "native_pairs_of_a_block_of_tokens": Mutation(
+            "the pairs of all blocks of tokens begin where those of the first do in native code",
+            _NATIVE_PAIRS,
+            "number += std::exchange(starts[b * E + e], number)",
+            "number += std::exchange(starts[b * E + e], e ? ends[e - 1] : 0)",
             ("native",),
         ),
         "native_nan_learns_first": Mutation(
             "SMK of native code does not keep what is not finite last",
-            _NATIVE,
+            _NATIVE_PAIRS,
             "std::isfinite(surprise[r]) ? surprise[r] : std::numeric_limits<A>::infinity()",
             "std::isfinite(surprise[r]) ? surprise[r] : -std::numeric_limits<A>::infinity()",
             ("native",),

@@ -21,7 +21,8 @@ from onn import calibration
 from onn.calibration import DENSITIES, ENTRIES, NEVER, Sizes, calibrate, calibrated, kept
 from onn.functional.kernels import native
 from onn.functional.kernels.cutting import parts
-from onn.functional.kernels.parts import Native, Whole, active_pairs
+from onn.functional.kernels.native_bank import pairs_of
+from onn.functional.kernels.parts import Whole, active_pairs
 from onn.functional.kernels.tilings import NATIVE
 from onn.observe import Json, encode
 from onn.qwen3 import Moe, moe_forward
@@ -71,10 +72,11 @@ def test_the_fastest_of_each_comparison_wins(why: str, fastest: int, monkeypatch
 @needs_native
 def test_the_shares_that_are_compared_compute_all_pairs_or_none_but_the_active() -> None:
     weights = normal(0, 6, 4) * (normal(1, 6, 4) > 0)
-    for share, kind in ((0.0, Whole), (NEVER, Native)):
-        for chosen in (weights, torch.ones_like(weights)):
-            cut = parts(active_pairs(chosen), tokens=6, width=2, hidden=8, tiling=F.Tiling(NATIVE, share))
-            assert {type(part) for part in cut} == {kind}
+    for chosen in (weights, torch.ones_like(weights)):
+        assert pairs_of(chosen, F.Tiling(NATIVE, NEVER)) is not None
+        assert pairs_of(chosen, F.Tiling(NATIVE, 0.0)) is None
+        cut = parts(active_pairs(chosen), tokens=6, width=2, hidden=8, tiling=F.Tiling(NATIVE, 0.0))
+        assert {type(part) for part in cut} == {Whole}
 
 
 def test_what_was_measured_without_native_code_is_measured_again_with_it(

@@ -33,7 +33,9 @@ def test_every_mistake_can_be_planted_and_changes_a_file_that_still_compiles(nam
 
 
 @needs_native
-@pytest.mark.parametrize("name", [name for name, mutation in MUTATIONS.items() if mutation.file.endswith(".cpp")])
+@pytest.mark.parametrize(
+    "name", [name for name, mutation in MUTATIONS.items() if mutation.file.endswith((".cpp", ".h"))]
+)
 def test_native_code_with_a_mistake_still_compiles(name: str) -> None:
     file = ROOT / MUTATIONS[name].file
     changed = mutations.planted(file.read_text(encoding="utf-8"), MUTATIONS[name])

@@ -1,11 +1,11 @@
-"""Native code for the active pairs of a bank against loops in float64 and against the stock parts."""
+"""Native code for the active pairs of a bank against loops in float64 and against the dense bank."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -16,13 +16,8 @@ from torch import Tensor
 import onn.functional as F
 from onn import tree
 from onn.functional.kernels import native
-from onn.functional.kernels.cutting import parts
-from onn.functional.kernels.local import unit_gradients, unit_norms
-from onn.functional.kernels.parts import Native, Ragged, active_pairs
 from onn.functional.kernels.tilings import NATIVE, Tiling
 from tests.numerics import (
-    SIGMOID,
-    STEEPEST_SIGMOID,
     Arithmetic,
     Rounded,
     analysed,
@@ -38,7 +33,6 @@ from tests.support import (
     needs_native,
     normal,
     record,
-    tolerance,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -46,7 +40,6 @@ TAPS: tuple[F.TapName, ...] = ("surprise", "neuron", "matrix", "bias")
 COUNTS = (0, 1, 3, 4, 5, 63, 64, 65, 127, 128, 129, 300, 0)
 """Rows of experts, about the edges of every block of rows."""
 HIDDEN, WIDTHS = (1, 3, 15, 16, 17, 63, 64, 65, 130), (1, 5, 6, 7, 16, 17)
-EXTREMES = (math.inf, -math.inf, math.nan, 1e4, -1e4, 100.0, -100.0, 0.0, -0.0, 1.5)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -58,21 +51,17 @@ class Work(NamedTuple):
     matrices: tuple[Tensor, ...]
     """[E, I, H] each"""
     rows: tuple[Tensor, ...]
-    """[R, I] each, in the dtype of reductions"""
-    into: Tensor
-    """[T, H]: what a sum by token is added to."""
+    """[R, I] each"""
     segments: native.Segments
 
 
 def make(seed: int, counts: Sequence[int], *, T: int, H: int, I: int, dtype: torch.dtype, number: int = 2) -> Work:
     source = torch.Generator().manual_seed(seed)
     token = [torch.randperm(T, generator=source)[:count].sort().values for count in counts]
-    wide = F.reduction_dtype(dtype)
     return Work(
         x=normal(seed, T, H, dtype=dtype),
         matrices=tuple(normal(seed + 10 + j, len(counts), I, H, dtype=dtype) for j in range(number)),
-        rows=tuple(normal(seed + 20 + j, sum(counts), I, dtype=wide) for j in range(number)),
-        into=normal(seed + 1, T, H, dtype=wide),
+        rows=tuple(normal(seed + 20 + j, sum(counts), I, dtype=dtype) for j in range(number)),
         segments=native.Segments(torch.cat(token), ends=torch.tensor(counts).cumsum(0)),
     )
 
@@ -84,19 +73,22 @@ def owners(segments: native.Segments) -> Tensor:
 
 def by_native(work: Work) -> dict[str, Tensor]:
     """All three products, of all matrices side by side; what they write to held NaN before."""
-    into = work.into.clone()
-    native.combine(list(zip(work.rows, work.matrices, strict=True)), work.segments, into)
-    learnt = [matrix.new_full(matrix.shape, torch.nan) for matrix in work.matrices]
+    projected, learnt = ([one.new_full(one.shape, torch.nan) for one in ones] for ones in (work.rows, work.matrices))
+    native.project(work.x, work.matrices, work.segments, out=projected)
     native.outer(work.x, list(zip(work.rows, learnt, strict=True)), work.segments)
-    projected = native.project(work.x, work.matrices, work.segments)
-    return {"project": torch.stack(projected, dim=1), "combine": into, "outer": torch.stack(learnt, dim=1)}
+    products = list(zip(work.rows, work.matrices, strict=True))
+    return {
+        "project": torch.stack(projected, dim=1),
+        "combine": native.combine(products, work.segments, tokens=len(work.x)),
+        "outer": torch.stack(learnt, dim=1),
+    }
 
 
 def by_loop(work: Work) -> dict[str, Tensor]:
     """The same, pair by pair, in float64."""
-    x, combined = work.x.double(), work.into.double()
+    x = work.x.double()
     matrices, rows = (torch.stack(each, dim=1).double() for each in (work.matrices, work.rows))
-    projected, learnt = torch.zeros_like(rows), torch.zeros_like(matrices)
+    projected, combined, learnt = (torch.zeros_like(one) for one in (rows, x, matrices))
     for r, (e, t) in enumerate(zip(owners(work.segments).tolist(), work.segments.token.tolist(), strict=True)):
         projected[r] = matrices[e] @ x[t]
         combined[t] += torch.tensordot(rows[r], matrices[e], dims=2)
@@ -105,20 +97,14 @@ def by_loop(work: Work) -> dict[str, Tensor]:
 
 
 def bounded(work: Work) -> dict[str, Rounded]:
-    """The exact products and how far off those of a narrow dtype may be.
-
-    Of each term two roundings of a factor, of the sum as many as there are terms, and one of what is stored.
-    """
+    """The exact products and how far off those of a narrow dtype may be: sums of as many terms, rounded once."""
     at = Arithmetic(dtype=work.x.dtype)
-    magnitudes = by_loop(Work(*tree.map1(Tensor.abs, work[:4]), work.segments))
+    magnitudes = by_loop(Work(*tree.map1(Tensor.abs, work[:3]), work.segments))
     counts = torch.diff(work.segments.ends, prepend=work.segments.ends.new_zeros(1))
     of_token = torch.bincount(work.segments.token).tolist()
     number, I, H = len(work.rows), *work.matrices[0].shape[1:]
-    terms = {"project": H, "combine": 1 + number * I * max([0, *of_token]), "outer": int(counts.max())}
-    return {
-        name: at.stored(exact, (at.gamma(terms[name]) + 2 * at.unit) * magnitudes[name])
-        for name, exact in by_loop(work).items()
-    }
+    terms = {"project": H, "combine": number * I * max([0, *of_token]), "outer": int(counts.max())}
+    return {name: at.stored(exact, at.gamma(terms[name]) * magnitudes[name]) for name, exact in by_loop(work).items()}
 
 
 @needs_native
@@ -170,24 +156,42 @@ def test_products_are_those_of_a_loop_however_few_and_many_the_rows(
 
 @needs_native
 @every_dtype
-@given(st.integers(0, 2**20), st.integers(1, 90), st.integers(1, 7), st.integers(1, 70), st.integers(1, 20))
-def test_a_native_part_does_what_a_ragged_one_does(
-    dtype: torch.dtype, seed: int, T: int, E: int, H: int, I: int
+@given(st.integers(0, 2**20), st.integers(0, 40), st.integers(1, 70), st.floats(0, 1))
+def test_the_pairs_are_those_whose_weight_is_not_zero(
+    dtype: torch.dtype, seed: int, T: int, E: int, density: float
 ) -> None:
-    case = make_case(seed, T=T, H=H, E=E, I=I, dtype=dtype)
-    pairs, wide = active_pairs(case.weights), F.reduction_dtype(dtype)
-    rows = torch.cat([normal(seed + 7, pairs.number, I, dtype=dtype), torch.zeros(1, I, dtype=dtype)])
-    found = []
-    for tiling in (Tiling(NATIVE, 2.0), Tiling(0, 2.0)):
-        (part,) = parts(pairs, tokens=T, width=I, hidden=H, tiling=tiling)
-        assert isinstance(part, Native if tiling.entries else Ragged)
-        own, source, into = part.spread(rows), part.take(case.x, "x"), torch.ones(T + 1, H, dtype=wide)
-        learnt, total = [torch.empty_like(matrix) for matrix in case.experts], torch.empty(E, I, dtype=wide)
-        part.send(*((own, matrix) for matrix in case.experts), into=into)
-        part.outer(source, *((own, one) for one in learnt))
-        part.total(own, total)
-        found.append((tuple(part.project(source, *case.experts)), into[:-1], tuple(learnt), total))
-    assert_close(*found, bound=tolerance(dtype, terms=max(H, 3 * E * I, T) if dtype != torch.bfloat16 else 1))
+    weights = make_weights(seed, T, E, density=density, dtype=dtype)
+    pairs = native.active(weights)
+    expert, token = weights.mT.nonzero(as_tuple=True)
+    assert_same(pairs.segments.token, token)
+    assert_same(pairs.segments.ends, torch.bincount(expert, minlength=E).cumsum(0))
+    assert_same(pairs.weight, weights[token, expert].to(F.reduction_dtype(dtype)))
+    assert pairs.most == max([0, *(weights != 0).sum(dim=1).tolist()])
+
+
+def make_weights(seed: int, T: int, E: int, *, density: float, dtype: torch.dtype) -> Tensor:
+    """Combine weights [T, E], some 0, some of these -0, and NaN, which is not 0."""
+    source = torch.Generator().manual_seed(seed)
+    weights = normal(seed, T, E, dtype=dtype)
+    weights = torch.where(torch.rand(T, E, generator=source) < density, weights, 0 * weights)
+    return weights.masked_fill(torch.rand(T, E, generator=source) < 0.02, torch.nan)
+
+
+@needs_native
+@given(
+    st.integers(0, 2**20),
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.integers(1, 9),
+)
+def test_a_bank_of_any_size_is_the_dense_one(seed: int, T: int, E: int, H: int, I: int, min_k: int) -> None:
+    case = make_case(seed, T=T, H=H, E=E, I=I)
+    backends: tuple[Tiling, Literal["dense"]] = (Tiling(NATIVE, math.inf), "dense")
+    got, expected = (differentiate(case, min_k=min(min_k, E), taps=TAPS, backend=backend) for backend in backends)
+    weights = torch.where(case.weights != 0, expected.weights, 0)
+    assert_close(got, expected._replace(weights=weights), bound=BOUND)
 
 
 @needs_native
@@ -219,13 +223,8 @@ def test_how_the_numbers_lie_in_memory_changes_nothing(dtype: torch.dtype) -> No
     matrices, rows = (tuple(map(transposed, each)) for each in (work.matrices, work.rows))
     assert not transposed(work.x).is_contiguous()
     assert_same(by_native(work._replace(x=transposed(work.x), matrices=matrices, rows=rows)), by_native(work))
-    one = make_case(0, T=9, H=18, E=1, I=5, dtype=dtype)
-    h1, h3, u = (normal(seed, 9, 5, dtype=dtype) for seed in range(3))
-    assert_same(
-        native.local(F.Residuals(transposed(h1), transposed(h3)), transposed(u)),
-        native.local(F.Residuals(h1, h3), u),
-    )
-    assert_same(native.lengths(transposed(one.x)), native.lengths(one.x))
+    weights = make_weights(0, 9, 5, density=0.5, dtype=torch.float32)
+    assert_same(native.active(transposed(weights)).segments, native.active(weights).segments)
 
 
 @needs_native
@@ -279,58 +278,6 @@ def marked(places: Tensor, size: int) -> Tensor:
     return torch.zeros(size, dtype=torch.bool).index_fill(0, places, True)
 
 
-def local_bounds(h1: Tensor, h3: Tensor, u: Tensor) -> dict[str, Rounded]:
-    """`native.local`, operation by operation, with what each may be off; squares of the norms may underflow."""
-    at = Arithmetic(dtype=F.reduction_dtype(u.dtype))
-    gate, up, by = (at.exactly(part) for part in (h1, h3, u))
-    opened = at.through(torch.sigmoid, gate, steepest=STEEPEST_SIGMOID, units=SIGMOID)
-    gated = at.times(gate, opened)
-    rest = at.plus(at.exactly(torch.ones(())), Rounded(-opened.value, opened.error))
-    slope = at.plus(opened, at.times(gated, rest))
-    c1, c3, a = at.times(at.times(by, up), slope), at.times(by, gated), at.times(gated, up)
-    norm, error = map(torch.cat, zip(at.hypot(at.norm(c1), at.norm(c3)), at.norm(a), strict=True))
-    limits = torch.finfo(at.dtype)
-    lost = math.sqrt(2 * u.shape[-1] * limits.tiny * limits.eps)
-    inner = at.total(at.times(a, by), dim=-1)
-    return {"c1": c1, "c3": c3, "a": a, "inner": inner, "norms": Rounded(norm[:, 0], error[:, 0] + lost)}
-
-
-@needs_native
-@every_dtype
-@pytest.mark.parametrize("I", [*WIDTHS, 33])
-@pytest.mark.parametrize("scale", [0.01, 1.0, 25.0])
-def test_unit_gradients_are_within_their_derived_bounds(scale: float, I: int, dtype: torch.dtype) -> None:
-    h1, h3, u = (normal(seed, 70, I, dtype=dtype) for seed in range(3))
-    h1 = (h1 * scale).clamp(-80, 80)
-    local, inner, norms = native.local(F.Residuals(h1, h3), u)
-    got = {**local._asdict(), "inner": inner[:, 0], "norms": norms.mT.flatten()}
-    assert_within(got, local_bounds(h1, h3, u))
-
-
-@needs_native
-@every_dtype
-def test_extreme_activations_are_finite_where_those_of_torch_are(dtype: torch.dtype) -> None:
-    h1, h3, u = (
-        part.flatten()[:, None].to(dtype) for part in torch.meshgrid(*[torch.tensor(EXTREMES)] * 3, indexing="ij")
-    )
-    local, inner, norms = native.local(F.Residuals(h1, h3), u)
-    wide = F.reduction_dtype(dtype)
-    stock = unit_gradients(F.Residuals(h1.to(wide), h3.to(wide)), u.to(wide))
-    assert_close(local, stock, bound=tolerance(wide, terms=1))
-    assert_close(inner, stock.a * u, bound=tolerance(wide, terms=1))
-    assert_close(norms, torch.stack(unit_norms(stock), dim=-1), bound=tolerance(wide, terms=2))
-
-
-@needs_native
-@every_dtype
-@pytest.mark.parametrize("H", HIDDEN)
-def test_lengths_are_norms(H: int, dtype: torch.dtype) -> None:
-    rows = normal(H, 7, H, dtype=dtype)
-    rows[3], rows[5, 0] = 0, torch.inf
-    exact = torch.linalg.vector_norm(rows.double(), dim=-1)
-    assert_close(native.lengths(rows), exact, bound=tolerance(F.reduction_dtype(dtype), terms=H))
-
-
 @needs_native
 @given(st.integers(0, 2**20), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9))
 def test_the_least_surprised_pairs_are_those_of_the_mask(seed: int, T: int, E: int, min_k: int) -> None:
@@ -338,9 +285,13 @@ def test_the_least_surprised_pairs_are_those_of_the_mask(seed: int, T: int, E: i
     active = torch.rand(T, E, generator=source) < 0.6
     values = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.5, torch.inf, torch.nan])
     surprise = values[torch.randint(len(values), (T, E), generator=source)]
-    expert, token = active.mT.nonzero(as_tuple=True)
-    got = native.least(surprise[token, expert], token, tokens=T, min_k=min_k, dtype=torch.float32)
-    assert_same(got, F.min_k_mask(surprise, active, min_k=min(min_k, E))[token, expert])
+    segments = native.active(active.to(torch.float32)).segments
+    of_pairs = surprise[segments.token, owners(segments)]
+    places, kept = native.least(of_pairs, segments, tokens=T, min_k=min_k, dtype=torch.float32)
+    mask = F.min_k_mask(surprise, active, min_k=min(min_k, E))
+    expert, token = mask.mT.nonzero(as_tuple=True)
+    assert_same(kept, native.Segments(token, torch.bincount(expert, minlength=E).cumsum(0)))
+    assert_same((segments.token[places], owners(segments)[places]), (token, expert))
 
 
 @needs_native

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onn.functional.kernels.cutting import parts
-from onn.functional.kernels.parts import Native, Padded, Pairs, Ragged, Whole, active_pairs, kept_pairs
+from onn.functional.kernels.parts import Padded, Pairs, Ragged, Whole, active_pairs, kept_pairs
 from onn.functional.kernels.tilings import Tiling, default_tiling
 from tests.support import TILINGS, assert_same
 
@@ -45,9 +45,6 @@ def test_parts_hold_every_expert_and_every_pair_once(weights: Tensor, tiling: Ti
                 assert pairs.counts[own][0] >= tiling.whole_from * T
                 assert all(count >= 0.75 * tiling.whole_from * T for count in pairs.counts[own])
                 experts += range(own.start, own.stop)
-            case Native():
-                assert pairs.number < tiling.whole_from * T * E
-                experts += range(E)
             case Ragged():
                 experts += range(E)
     assert experts == list(range(E))

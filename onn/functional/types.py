@@ -76,6 +76,27 @@ class Wanted(NamedTuple):
     """Squared surprise by neuron and matrix."""
 
 
+class RaggedGrads(NamedTuple):
+    """What the backward pass of a bank's active pairs gives; a tensor without entries where it was not wanted.
+
+    With N banks each has a dimension N before its own.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    x: Tensor
+    """[T, H]: never masked."""
+    weights: Tensor
+    """[T, E]: 0 where the weight is 0, since nothing was computed there."""
+    surprise: Tensor
+    """[T, E]"""
+    bias: Tensor
+    """[2, E, I]: of the pairs that learn."""
+    squares: Tensor
+    """[3, E, I]"""
+
+
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of norms, softmax, loss and PI: float64 for float64, float32 for everything narrower.
 

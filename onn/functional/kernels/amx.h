@@ -68,7 +68,7 @@ void multiply(const bfloat16* left, const bfloat16* right, int64_t depth, float*
   if constexpr (M > 1 && N > 1) _tile_stored(3, sums + 3 * 256, bytes);
 }
 
-// Calls `take(m, n, sums)` for every tile of [rows, columns] tiles, in blocks of two by two.
+// Calls `take(m, n, wide, sums)` for every `wide` tiles side by side, one or two, of [rows, columns] tiles.
 template <class Take>
 void multiply_all(const bfloat16* left, const bfloat16* right, int64_t rows, int64_t columns, int64_t depth,
                   Take&& take) {
@@ -79,7 +79,7 @@ void multiply_all(const bfloat16* left, const bfloat16* right, int64_t rows, int
         sized<2>(std::min<int64_t>(2, columns - n), [&](auto wide) {
           constexpr int M = decltype(tall)::value, N = decltype(wide)::value;
           multiply<M, N>(left + m * depth * kSize, right + n * depth * kSize, depth, sums);
-          for (int k = 0; k < M * N; ++k) take(m + k / N, n + k % N, sums + k * 256);
+          for (int k = 0; k < M; ++k) take(m + k, n, wide, sums + k * N * 256);
         });
       });
 }
@@ -160,51 +160,51 @@ void pack_pairs(const bfloat16* const* rows, int64_t width, int64_t columns, int
   }
 }
 
-Halves narrowed_pair(Vector<float> low, Vector<float> high) {
-  return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-}
-
 // Up to 16 sums as bfloat16.
 void put(Vector<float> sums, int64_t size, bfloat16* to) {
   const __m256i narrow = (__m256i)_mm512_cvtneps_pbh((__m512)sums);
   _mm256_mask_storeu_epi16(to, size >= kSide ? 0xffff : (1 << size) - 1, narrow);
 }
 
+// Up to 16 numbers from `from` to `to`.
+void move(const bfloat16* from, int64_t size, bfloat16* to) {
+  if (size == kSide)
+    std::memcpy(to, from, kSide * sizeof(bfloat16));
+  else
+    std::memcpy(to, from, size * sizeof(bfloat16));
+}
+
 // Left tiles [1, depth] of up to 16 rows from `first` on, each the numbers of all products [., I] one after the other.
-void pack_products(const float* const* products, int64_t number, int64_t I, int64_t first, int64_t rows, int64_t depth,
-                   bfloat16* to) {
-  std::memset(to, 0, depth * kSize * sizeof(bfloat16));
+void pack_products(const bfloat16* const* products, int64_t number, int64_t I, int64_t first, int64_t rows,
+                   int64_t depth, bfloat16* to) {
+  if (rows < kSide || number * I % kDepth) std::memset(to, 0, depth * kSize * sizeof(bfloat16));
   for (int64_t m = 0; m < std::min<int64_t>(kSide, rows); ++m)
-    for (int64_t j = 0; j < number; ++j)
-      for (int64_t i = 0; i < I; i += kSide) {
-        const int64_t at = j * I + i;
-        const Vector<float> part = some(products[j] + (first + m) * I + i, I - i);
-        if (I % kSide == 0) {
-          put(part, kSide, to + at / kDepth * kSize + m * kDepth + at % kDepth);
-        } else {
-          for (int64_t k = at; k < std::min(at + kSide, (j + 1) * I); ++k)
-            to[k / kDepth * kSize + m * kDepth + k % kDepth] = narrowed<bfloat16>(part[k - at]);
-        }
+    for (int64_t j = 0, at = 0; j < number; ++j)
+      for (int64_t i = 0; i < I;) {
+        const int64_t size = std::min(I - i, kSide - at % kSide);
+        move(products[j] + (first + m) * I + i, size, to + at / kDepth * kSize + m * kDepth + at % kDepth);
+        i += size, at += size;
       }
 }
 
+// Up to 16 numbers in the lower half of 16 words.
+Words spaced(const bfloat16* from, int64_t size) {
+  const __mmask16 there = size >= kSide ? 0xffff : (1 << size) - 1;
+  return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from));
+}
+
 // Left tiles [1, depth] of up to 16 columns of `number` rows [., I].
-void pack_transposed(const float* from, int64_t number, int64_t I, int64_t columns, int64_t depth, bfloat16* to) {
+void pack_transposed(const bfloat16* from, int64_t number, int64_t I, int64_t columns, int64_t depth, bfloat16* to) {
   for (int64_t k = 0; k < depth; ++k) {
-    Words halves[2][kSide];
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 16
-      for (int m = 0; m < kSide; ++m) {
-        const int64_t r = k * kDepth + half * kSide + m;
-        halves[half][m] = r < number ? (Words)some(from + r * I, columns) : Words{};
-      }
-      transpose(halves[half]);
-    }
+    Words pairs[kSide];
 #pragma GCC unroll 16
     for (int m = 0; m < kSide; ++m) {
-      const Halves packed = narrowed_pair((Vector<float>)halves[0][m], (Vector<float>)halves[1][m]);
-      std::memcpy(to + k * kSize + m * kDepth, &packed, sizeof packed);
+      const int64_t r = k * kDepth + 2 * m;
+      pairs[m] = r < number ? spaced(from + r * I, columns) : Words{};
+      if (r + 1 < number) pairs[m] |= spaced(from + (r + 1) * I, columns) << 16;
     }
+    transpose(pairs);
+    std::memcpy(to + k * kSize, pairs, sizeof pairs);
   }
 }
 
@@ -229,17 +229,19 @@ void project(int64_t number, const bfloat16* x, const bfloat16* const* w, const 
         const auto source = [&](int64_t row) { return x + token[r + m * kSide + row] * H; };
         pack_rows(rows - m * kSide, H, depth, source, left + m * depth * kSize);
       }
-      multiply_all(left, right, tall, number * neurons, depth, [&](int64_t m, int64_t n, const float* sums) {
-        const int64_t j = n / neurons, i = n % neurons * kSide;
-        for (int64_t row = 0; row < std::min<int64_t>(kSide, rows - m * kSide); ++row)
-          put(load(sums + row * kSide), I - i, out[j] + (r + m * kSide + row) * I + i);
+      multiply_all(left, right, tall, number * neurons, depth, [&](int64_t m, int64_t n, auto wide, const float* sums) {
+        for (int64_t c = n; c < n + wide; ++c, sums += 256) {
+          const int64_t j = c / neurons, i = c % neurons * kSide;
+          for (int64_t row = 0; row < std::min<int64_t>(kSide, rows - m * kSide); ++row)
+            put(load(sums + row * kSide), I - i, out[j] + (r + m * kSide + row) * I + i);
+        }
       });
     }
   }
 }
 
-void combine(int64_t number, const float* const* rows, const bfloat16* const* w, const int64_t* token,
-             const int64_t* ends, int64_t E, int64_t I, int64_t H, int64_t tokens, float* into) {
+void combine(int64_t number, const bfloat16* const* rows, const bfloat16* const* w, const int64_t* token,
+             const int64_t* ends, int64_t E, int64_t I, int64_t H, int64_t tokens, bfloat16* out) {
   const int64_t depth = covering(number * I, kDepth), columns = covering(H, kSide);
   const Split split(tokens, columns, kSide * sizeof(float));
 #pragma omp parallel for schedule(dynamic) collapse(2)
@@ -249,11 +251,10 @@ void combine(int64_t number, const float* const* rows, const bfloat16* const* w,
       const int64_t early = n * split.batch, late = std::min(tokens, early + split.batch);
       const int64_t first = s * split.span, here = std::min(columns, first + split.span) - first;
       const int64_t width = std::min(H - first * kSide, here * kSide);
-      float* sums = scratch<float, Slot::sums>(split.batch * split.span * kSide);
-      bfloat16* right = scratch<bfloat16, Slot::right>(split.span * depth * kSize);
+      float* sums = scratch<float, Slot::sums>((late - early) * here * kSide);
+      bfloat16* right = scratch<bfloat16, Slot::right>(here * depth * kSize);
       bfloat16* left = scratch<bfloat16, Slot::left>(2 * depth * kSize);
-      for (int64_t t = early; t < late; ++t)
-        std::memcpy(sums + (t - early) * here * kSide, into + t * H + first * kSide, sizeof(float) * width);
+      std::memset(sums, 0, (late - early) * here * kSide * sizeof(float));
       for (int64_t e = 0, begin = 0; e < E; begin = ends[e++]) {
         const int64_t start = std::lower_bound(token + begin, token + ends[e], early) - token;
         const int64_t stop = std::lower_bound(token + start, token + ends[e], late) - token;
@@ -276,22 +277,25 @@ void combine(int64_t number, const float* const* rows, const bfloat16* const* w,
           many = find(r + 2 * kSide, next);
           for (int64_t m = 0; m < tall; ++m)
             pack_products(rows, number, I, r + m * kSide, mine - m * kSide, depth, left + m * depth * kSize);
-          multiply_all(left, right, tall, here, depth, [&](int64_t m, int64_t c, const float* product) {
+          multiply_all(left, right, tall, here, depth, [&](int64_t m, int64_t c, auto wide, const float* product) {
             const int64_t begin = m * kSide, end = begin + kSide;
-            for (int64_t k = begin; k < std::min(many, end); ++k) __builtin_prefetch(next[k] + c * kSide, 1);
-            for (int64_t k = begin; k < std::min(mine, end); ++k, product += kSide) {
-              float* sum = own[k] + c * kSide;
-              store(sum, load(sum) + load(product));
-            }
+            for (int64_t k = begin; k < std::min(many, end); ++k)
+              for (int n = 0; n < wide; ++n) __builtin_prefetch(next[k] + (c + n) * kSide, 1);
+            for (int64_t k = begin; k < std::min(mine, end); ++k, product += kSide)
+              for (int n = 0; n < wide; ++n) {
+                float* sum = own[k] + (c + n) * kSide;
+                store(sum, load(sum) + load(product + n * 256));
+              }
           });
         }
       }
       for (int64_t t = early; t < late; ++t)
-        std::memcpy(into + t * H + first * kSide, sums + (t - early) * here * kSide, sizeof(float) * width);
+        for (int64_t c = 0; c < width; c += kSide)
+          put(load(sums + (t - early) * here * kSide + c), width - c, out + t * H + first * kSide + c);
     }
 }
 
-void outer(int64_t number, const float* const* rows, const bfloat16* x, const int64_t* token, const int64_t* ends,
+void outer(int64_t number, const bfloat16* const* rows, const bfloat16* x, const int64_t* token, const int64_t* ends,
            int64_t E, int64_t I, int64_t H, bfloat16* const* out) {
   int64_t deepest = 1;
   for (int64_t e = 0, start = 0; e < E; start = ends[e++])
@@ -315,10 +319,11 @@ void outer(int64_t number, const float* const* rows, const bfloat16* x, const in
         for (int64_t i = 0; i < neurons; ++i)
           pack_transposed(rows[j] + start * I + i * kSide, ends[e] - start, I, I - i * kSide, depth,
                           left + (j * neurons + i) * depth * kSize);
-      multiply_all(left, right, number * neurons, here, depth, [&](int64_t m, int64_t c, const float* sums) {
+      multiply_all(left, right, number * neurons, here, depth, [&](int64_t m, int64_t c, auto wide, const float* sums) {
         const int64_t j = m / neurons, i = m % neurons * kSide, h = (first + c) * kSide;
-        for (int64_t row = 0; row < std::min<int64_t>(kSide, I - i); ++row)
-          put(load(sums + row * kSide), H - h, out[j] + (e * I + i + row) * H + h);
+        for (int64_t row = 0; row < std::min<int64_t>(kSide, I - i); ++row, sums += kSide)
+          for (int n = 0; n < wide; ++n)
+            put(load(sums + n * 256), H - h - n * kSide, out[j] + (e * I + i + row) * H + h + n * kSide);
       });
     }
 }

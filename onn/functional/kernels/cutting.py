@@ -11,8 +11,7 @@ from typing import Final
 
 import torch
 
-from onn.functional.kernels.native import Segments
-from onn.functional.kernels.parts import Filling, Native, Padded, Pairs, Part, Ragged, Span, Whole, Workspace
+from onn.functional.kernels.parts import Filling, Padded, Pairs, Part, Ragged, Span, Whole, Workspace
 from onn.functional.kernels.tilings import GATHERING, NATIVE, Tiling
 
 
@@ -24,14 +23,11 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         tokens: T.
         width: I.
         hidden: H.
-        tiling: how; with `entries` 0 it is one `Ragged` part, and with `NATIVE` one `Native` part.
+        tiling: how; with `entries` 0 it is one `Ragged` part, with `NATIVE` as `GATHERING`.
     """
     token, owners = pairs.token[:-1], pairs.expert[:-1]
     if tiling.entries == 0:
         yield Ragged(tokens=token, owners=owners, ends=tuple(accumulate(pairs.counts)))
-        return
-    if tiling.entries == NATIVE and pairs.number < tiling.whole_from * tokens * len(pairs.counts):
-        yield Native(Segments(token, ends=torch.tensor(pairs.counts).cumsum(0)), owners=owners)
         return
     space = Workspace()
     entries = GATHERING.entries if tiling.entries == NATIVE else tiling.entries

@@ -83,6 +83,14 @@ void store(A* to, Vector<A> vector) {
   std::memcpy(to, &vector, sizeof vector);
 }
 
+void store(bfloat16* to, Vector<float> vector) {
+  typedef uint16_t Narrow __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(kBytes)));
+  const Wide bits = (Wide)vector, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Narrow narrow = __builtin_convertvector(vector == vector ? rounded : Wide{} + 0x7fc0, Narrow);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
 // Calls `f` with `n` as a constant, 1 to `Most`.
 template <int Most, class F>
 void sized(int64_t n, F&& f) {
@@ -131,6 +139,13 @@ void put_totals(const Vector<A>* vectors, A* out) {
   }
 }
 
+template <class A>
+constexpr A inverse_factorial(int n) {
+  A value = 1;
+  for (; n > 1; --n) value /= A(n);
+  return value;
+}
+
 // e^x, to about the last place; infinite from 88.4 (709.4) on, a third before the largest number.
 template <class A>
 Vector<A> exponential(Vector<A> x) {
@@ -142,9 +157,9 @@ Vector<A> exponential(Vector<A> x) {
   x = x > most ? Vector<A>{} + most : x < least ? Vector<A>{} + least : x;
   const Vector<A> whole = (x * A(1.442695040888963407359924681) + magic) - magic;
   const Vector<A> rest = (x - whole * high) - whole * low;
-  Vector<A> sum = Vector<A>{} + 1;
+  Vector<A> sum = Vector<A>{} + inverse_factorial<A>(degree);
 #pragma GCC unroll 16
-  for (int n = degree; n > 0; --n) sum = sum * rest / A(n) + 1;
+  for (int n = degree - 1; n >= 0; --n) sum = sum * rest + inverse_factorial<A>(n);
   const auto power = __builtin_convertvector(whole, typename Lanes<A>::Integers) + bias;
   return sum * (Vector<A>)(power << mantissa);
 }
@@ -158,10 +173,10 @@ Vector<Sum<T>> some(const T* from, int64_t size) {
   for (int64_t l = 0; l < size; ++l) padded[l] = widened(from[l]);
   return load(padded);
 }
-template <class A>
-void store_some(Vector<A> vector, int64_t size, A* to) {
-  if (size >= Lanes<A>::number) return store(to, vector);
-  std::memcpy(to, &vector, sizeof(A) * size);
+template <class T>
+void store_some(Vector<Sum<T>> vector, int64_t size, T* to) {
+  if (size >= Lanes<Sum<T>>::number) return store(to, vector);
+  for (int64_t l = 0; l < size; ++l) to[l] = narrowed<T>(vector[l]);
 }
 
 // `width` numbers as a block of columns, filled up with zeros.
@@ -178,19 +193,27 @@ void pack(const T* from, int64_t width, Sum<T>* to) {
 
 // The inverse of `pack`.
 template <class T>
+void unpack(const Sum<T>* block, int64_t width, T* to) {
+  constexpr int C = Lanes<Sum<T>>::columns, L = Lanes<Sum<T>>::number;
+  if (width >= C) {
+#pragma GCC unroll 16
+    for (int c = 0; c < C; c += L) store(to + c, load(block + c));
+  } else {
+    for (int64_t c = 0; c < width; ++c) to[c] = narrowed<T>(block[c]);
+  }
+}
+template <class T>
 void unpack(const Vector<Sum<T>> (&block)[kWide], int64_t width, T* to) {
   constexpr int C = Lanes<Sum<T>>::columns, L = Lanes<Sum<T>>::number;
-  if constexpr (std::is_same_v<T, Sum<T>>) {
-    if (width >= C) {
+  if (width >= C) {
 #pragma GCC unroll 16
-      for (int c = 0; c < kWide; ++c) store(to + c * L, block[c]);
-      return;
-    }
+    for (int c = 0; c < kWide; ++c) store(to + c * L, block[c]);
+  } else {
+    Sum<T> sums[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < kWide; ++c) store(sums + c * L, block[c]);
+    unpack<T>(sums, width, to);
   }
-  Sum<T> sums[C];
-#pragma GCC unroll 16
-  for (int c = 0; c < kWide; ++c) store(sums + c * L, block[c]);
-  for (int64_t c = 0; c < std::min<int64_t>(C, width); ++c) to[c] = narrowed<T>(sums[c]);
 }
 
 }  // namespace

@@ -16,7 +16,9 @@
 #include <immintrin.h>
 #endif
 
+#include "activations.h"
 #include "lanes.h"
+#include "pairs.h"
 #include "work.h"
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define ONN_TILES
@@ -25,7 +27,6 @@
 
 namespace {
 
-constexpr int64_t kChunk = 64;  // rows whose tokens stay in a cache while all neurons of an expert pass
 constexpr int64_t kDeep = 128;  // rows that are packed at once for a weight gradient
 
 // Sums over a multiple of the lanes of x[m] w[n], both at `h`; how many numbers were summed is returned.
@@ -129,13 +130,25 @@ void add_products(const A* left, int64_t across, int64_t along, const A* right, 
   }
 }
 
-// into[t] += sum over j and the pairs r of token t of rows[j][r] w[j][e]: [R, I] and [E, I, H] to [T, H].
+// `rows` as numbers that are summed: where they are, or widened into `room`.
 template <class T>
-void combine(int64_t number, const Sum<T>* const* rows, const T* const* w, const int64_t* token, const int64_t* ends,
-             int64_t E, int64_t I, int64_t H, int64_t tokens, Sum<T>* into) {
+const Sum<T>* wide(const T* rows, int64_t size, [[maybe_unused]] Sum<T>* room) {
+  if constexpr (std::is_same_v<T, Sum<T>>) {
+    return rows;
+  } else {
+    constexpr int L = Lanes<Sum<T>>::number;
+    for (int64_t k = 0; k < size; k += L) store_some(some(rows + k, size - k), size - k, room + k);
+    return room;
+  }
+}
+
+// out[t] = sum over j and the pairs r of token t of rows[j][r] w[j][e]: [R, I] and [E, I, H] to [T, H].
+template <class T>
+void combine(int64_t number, const T* const* rows, const T* const* w, const int64_t* token, const int64_t* ends,
+             int64_t E, int64_t I, int64_t H, int64_t tokens, T* out) {
 #ifdef ONN_TILES
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (tiles::allowed()) return tiles::combine(number, rows, w, token, ends, E, I, H, tokens, into);
+    if (tiles::allowed()) return tiles::combine(number, rows, w, token, ends, E, I, H, tokens, out);
 #endif
   using A = Sum<T>;
   constexpr int C = Lanes<A>::columns, L = Lanes<A>::number;
@@ -144,14 +157,15 @@ void combine(int64_t number, const Sum<T>* const* rows, const T* const* w, const
 #pragma omp parallel for schedule(dynamic) collapse(2)
   for (int64_t n = 0; n < split.batches; ++n)
     for (int64_t s = 0; s < split.spans; ++s) {
-      A* sums = scratch<A, Slot::sums>(split.batch * split.span * C);
-      A* packed = scratch<A, Slot::right>(number * I * split.span * C);
       const int64_t early = n * split.batch, late = std::min(tokens, early + split.batch);
       const int64_t first = s * split.span, here = std::min(blocks, first + split.span) - first;
+      A* sums = scratch<A, Slot::sums>((late - early) * here * C);
+      A* packed = scratch<A, Slot::right>(number * I * here * C);
+      A* room = scratch<A, Slot::left>(number * kTall * I);
+      const A** left = scratch<const A*, Slot::pointers>(number);
+      std::fill(sums, sums + (late - early) * here * C, A(0));
       const auto sum_of = [&](int64_t t, int64_t b) { return sums + (b * (late - early) + t - early) * C; };
       const auto width = [&](int64_t b) { return H - (first + b) * C; };
-      for (int64_t t = early; t < late; ++t)
-        for (int64_t b = 0; b < here; ++b) pack(into + t * H + (first + b) * C, width(b), sum_of(t, b));
       for (int64_t e = 0, begin = 0; e < E; begin = ends[e++]) {
         const int64_t start = std::lower_bound(token + begin, token + ends[e], early) - token;
         const int64_t stop = std::lower_bound(token + start, token + ends[e], late) - token;
@@ -160,15 +174,17 @@ void combine(int64_t number, const Sum<T>* const* rows, const T* const* w, const
           for (int64_t i = 0; i < I; ++i)
             for (int64_t b = 0; b < here; ++b)
               pack(w[j] + (e * I + i) * H + (first + b) * C, width(b), packed + ((b * number + j) * I + i) * C);
-        for (int64_t r = start; r < stop; r += kTall)
+        for (int64_t r = start; r < stop; r += kTall) {
+          const int64_t many = std::min<int64_t>(kTall, stop - r);
+          for (int64_t j = 0; j < number; ++j) left[j] = wide<T>(rows[j] + r * I, many * I, room + j * kTall * I);
           for (int64_t b = 0; b < here; ++b)
-            sized<kTall>(std::min<int64_t>(kTall, stop - r), [&](auto tall) {
+            sized<kTall>(many, [&](auto tall) {
               constexpr int M = decltype(tall)::value;
               Vector<A> block[M][kWide] = {};
               for (int m = 0; m < M; ++m)
                 for (int c = 0; c < C; c += 64 / int(sizeof(A))) __builtin_prefetch(sum_of(token[r + m], b) + c, 1);
               for (int64_t j = 0; j < number; ++j)
-                add_products<A, M>(rows[j] + r * I, I, 1, packed + (b * number + j) * I * C, I, block);
+                add_products<A, M>(left[j], I, 1, packed + (b * number + j) * I * C, I, block);
 #pragma GCC unroll 16
               for (int m = 0; m < M; ++m) {
                 A* sum = sum_of(token[r + m], b);
@@ -176,16 +192,16 @@ void combine(int64_t number, const Sum<T>* const* rows, const T* const* w, const
                 for (int c = 0; c < kWide; ++c) store(sum + c * L, load(sum + c * L) + block[m][c]);
               }
             });
+        }
       }
       for (int64_t t = early; t < late; ++t)
-        for (int64_t b = 0; b < here; ++b)
-          std::memcpy(into + t * H + (first + b) * C, sum_of(t, b), sizeof(A) * std::min<int64_t>(C, width(b)));
+        for (int64_t b = 0; b < here; ++b) unpack<T>(sum_of(t, b), width(b), out + t * H + (first + b) * C);
     }
 }
 
 // out[j][e] = sum over the pairs r of e of the outer product of rows[j][r] and x[token[r]]: [R, I] to [E, I, H].
 template <class T>
-void outer(int64_t number, const Sum<T>* const* rows, const T* x, const int64_t* token, const int64_t* ends, int64_t E,
+void outer(int64_t number, const T* const* rows, const T* x, const int64_t* token, const int64_t* ends, int64_t E,
            int64_t I, int64_t H, T* const* out) {
 #ifdef ONN_TILES
   if constexpr (std::is_same_v<T, bfloat16>)
@@ -201,13 +217,15 @@ void outer(int64_t number, const Sum<T>* const* rows, const T* x, const int64_t*
       const int64_t start = e ? ends[e - 1] : 0, all = ends[e] - start;
       A* packed = scratch<A, Slot::right>(std::min(all, kDeep) * span * C);
       A* sums = scratch<A, Slot::sums>(all > kDeep ? number * I * span * C : 0);
+      A* room = scratch<A, Slot::left>(std::min(all, kDeep) * I);
       int64_t r = start;
       do {
         const int64_t deep = std::min(kDeep, ends[e] - r);
         for (int64_t k = 0; k < deep; ++k)
           for (int64_t b = 0; b < here; ++b)
             pack(x + token[r + k] * H + (first + b) * C, H - (first + b) * C, packed + (b * deep + k) * C);
-        for (int64_t j = 0; j < number; ++j)
+        for (int64_t j = 0; j < number; ++j) {
+          const A* left = wide<T>(rows[j] + r * I, deep * I, room);
           for (int64_t i = 0; i < I; i += kTall)
             sized<kTall>(std::min<int64_t>(kTall, I - i), [&](auto tall) {
               constexpr int M = decltype(tall)::value;
@@ -218,125 +236,79 @@ void outer(int64_t number, const Sum<T>* const* rows, const T* x, const int64_t*
 #pragma GCC unroll 32
                   for (int k = 0; k < M * kWide; ++k) block[k / kWide][k % kWide] = load(held + k * L);
                 }
-                add_products<A, M>(rows[j] + r * I + i, 1, I, packed + b * deep * C, deep, block);
+                add_products<A, M>(left + i, 1, I, packed + b * deep * C, deep, block);
                 if (r + deep < ends[e]) {
 #pragma GCC unroll 32
                   for (int k = 0; k < M * kWide; ++k) store(held + k * L, block[k / kWide][k % kWide]);
                 } else {
 #pragma GCC unroll 16
                   for (int m = 0; m < M; ++m)
-                    unpack(block[m], H - (first + b) * C, out[j] + (e * I + i + m) * H + (first + b) * C);
+                    unpack<T>(block[m], H - (first + b) * C, out[j] + (e * I + i + m) * H + (first + b) * C);
                 }
               }
             });
+        }
         r += deep;
       } while (r < ends[e]);
     }
 }
 
-// The unit gradients [R, I] of each pair, what its combine weight learns, and ||(c1, c3)|| and ||a|| [R, 2].
-template <class T>
-void local(const T* h1, const T* h3, const T* u, int64_t R, int64_t I, Sum<T>* c1, Sum<T>* c3, Sum<T>* a,
-           Sum<T>* inner, Sum<T>* norms) {
-  using A = Sum<T>;
-  constexpr int L = Lanes<A>::number;
-#pragma omp parallel for
-  for (int64_t r = 0; r < R; ++r) {
-    Vector<A> sums[4] = {};
-    for (int64_t k = r * I; k < (r + 1) * I; k += L) {
-      const int64_t left = (r + 1) * I - k;
-      const Vector<A> gate = some(h1 + k, left), up = some(h3 + k, left), by = some(u + k, left);
-      const Vector<A> open = 1 / (1 + exponential<A>(-gate)), gated = gate * open;
-      const Vector<A> first = by * up * (open + gated * (1 - open)), second = by * gated, active = gated * up;
-      store_some(first, left, c1 + k);
-      store_some(second, left, c3 + k);
-      store_some(active, left, a + k);
-      sums[0] += active * by;
-      sums[1] += first * first;
-      sums[2] += second * second;
-      sums[3] += active * active;
-    }
-    A all[L < 4 ? 4 : L];
-    put_totals<A, 4>(sums, all);
-    inner[r] = all[0];
-    norms[2 * r] = std::hypot(std::sqrt(all[1]), std::sqrt(all[2]));
-    norms[2 * r + 1] = std::sqrt(all[3]);
-  }
-}
-
-// ||x[r]|| of each row [R, H].
-template <class T>
-void lengths(const T* x, int64_t R, int64_t H, Sum<T>* out) {
-  using A = Sum<T>;
-  constexpr int L = Lanes<A>::number;
-#pragma omp parallel for
-  for (int64_t r = 0; r < R; ++r) {
-    Vector<A> sums[4] = {};
-    for (int64_t h = 0; h < H; h += 4 * L)
-      for (int k = 0; k < 4; ++k) {
-        const Vector<A> part = some(x + r * H + h + k * L, std::max<int64_t>(H - h - k * L, 0));
-        sums[k] += part * part;
-      }
-    A all[L < 4 ? 4 : L];
-    put_totals<A, 4>(sums, all);
-    out[r] = std::sqrt((all[0] + all[1]) + (all[2] + all[3]));
-  }
-}
-
-// Which pairs are among the `most` of least surprise of their token: ties by place, what is not finite last.
-template <class A>
-void least(const A* surprise, const int64_t* token, int64_t R, int64_t tokens, int64_t most, bool* keep) {
-  std::vector<int64_t> ends(tokens + 1), pairs(R);
-  for (int64_t r = 0; r < R; ++r) ++ends[token[r] + 1];
-  for (int64_t t = 0; t < tokens; ++t) ends[t + 1] += ends[t];
-  std::vector<int64_t> next(ends.begin(), ends.end() - 1);
-  for (int64_t r = 0; r < R; ++r) pairs[next[token[r]]++] = r;
-  const auto key = [&](int64_t r) {
-    return std::pair(std::isfinite(surprise[r]) ? surprise[r] : std::numeric_limits<A>::infinity(), r);
-  };
-#pragma omp parallel for
-  for (int64_t t = 0; t < tokens; ++t) {
-    int64_t *first = pairs.data() + ends[t], *last = pairs.data() + ends[t + 1];
-    int64_t* end = first + std::min<int64_t>(most, last - first);
-    if (end < last) std::nth_element(first, end, last, [&](int64_t a, int64_t b) { return key(a) < key(b); });
-    for (int64_t* pair = first; pair < last; ++pair) keep[*pair] = pair < end;
-  }
-}
-
 }  // namespace
 
 using Number = ONN_NUMBER;
+using Wide = Sum<Number>;
 
 // Each call tells with how many threads torch computes: a thread that torch has not seen would take all processors.
 extern "C" {
+void onn_count(int64_t crew, const Number* weights, int64_t tokens, int64_t E, int64_t blocks, int64_t* starts,
+               int64_t* ends, int64_t* most) {
+  use_threads(crew);
+  count(weights, tokens, E, blocks, starts, ends, most);
+}
+void onn_list(int64_t crew, const Number* weights, int64_t tokens, int64_t E, int64_t blocks, int64_t* starts,
+              int64_t* token, Wide* weight) {
+  use_threads(crew);
+  list(weights, tokens, E, blocks, starts, token, weight);
+}
 void onn_project(int64_t crew, int64_t number, const Number* x, const Number* const* w, const int64_t* token,
                  const int64_t* ends, int64_t E, int64_t I, int64_t H, Number* const* out) {
   use_threads(crew);
   project<Number>(number, x, w, token, ends, E, I, H, out);
 }
-void onn_combine(int64_t crew, int64_t number, const Sum<Number>* const* rows, const Number* const* w,
+void onn_combine(int64_t crew, int64_t number, const Number* const* rows, const Number* const* w,
                  const int64_t* token, const int64_t* ends, int64_t E, int64_t I, int64_t H, int64_t tokens,
-                 Sum<Number>* into) {
+                 Number* out) {
   use_threads(crew);
-  combine<Number>(number, rows, w, token, ends, E, I, H, tokens, into);
+  combine<Number>(number, rows, w, token, ends, E, I, H, tokens, out);
 }
-void onn_outer(int64_t crew, int64_t number, const Sum<Number>* const* rows, const Number* x, const int64_t* token,
+void onn_outer(int64_t crew, int64_t number, const Number* const* rows, const Number* x, const int64_t* token,
                const int64_t* ends, int64_t E, int64_t I, int64_t H, Number* const* out) {
   use_threads(crew);
   outer<Number>(number, rows, x, token, ends, E, I, H, out);
 }
-void onn_local(int64_t crew, const Number* h1, const Number* h3, const Number* u, int64_t R, int64_t I,
-               Sum<Number>* c1, Sum<Number>* c3, Sum<Number>* a, Sum<Number>* inner, Sum<Number>* norms) {
+void onn_activate(int64_t crew, const Number* h1, const Number* h3, const Wide* weight, int64_t R, int64_t I,
+                  Number* out) {
   use_threads(crew);
-  local<Number>(h1, h3, u, R, I, c1, c3, a, inner, norms);
+  activate(h1, h3, weight, R, I, out);
 }
-void onn_lengths(int64_t crew, const Number* x, int64_t R, int64_t H, Sum<Number>* out) {
+void onn_local(int64_t crew, const Number* h1, const Number* h3, const Number* u, const Wide* weight,
+               const int64_t* token, const int64_t* ends, int64_t E, int64_t I, Number* c1, Number* c3, Number* a,
+               Number* d_weights, const Wide* of_x, const Wide* of_dy, Wide* surprise, Wide* table) {
+  use_threads(crew);
+  local<Number>(h1, h3, u, weight, token, ends, E, I, c1, c3, a, d_weights, of_x, of_dy, surprise, table);
+}
+void onn_lengths(int64_t crew, const Number* x, int64_t R, int64_t H, Wide* out) {
   use_threads(crew);
   lengths<Number>(x, R, H, out);
 }
-void onn_least(int64_t crew, const Sum<Number>* surprise, const int64_t* token, int64_t R, int64_t tokens, int64_t most,
-               bool* keep) {
+void onn_total(int64_t crew, const Number* rows, const Wide* scale, const int64_t* token, const int64_t* ends,
+               int64_t E, int64_t I, Wide* out) {
   use_threads(crew);
-  least(surprise, token, R, tokens, most, keep);
+  total<Number>(rows, scale, token, ends, E, I, out);
+}
+void onn_least(int64_t crew, const Wide* surprise, const int64_t* token, const int64_t* ends, int64_t E,
+               int64_t tokens, int64_t most, int64_t* kept, int64_t* kept_token, int64_t* kept_ends) {
+  use_threads(crew);
+  least(surprise, token, ends, E, tokens, most, kept, kept_token, kept_ends);
 }
 }

@@ -27,7 +27,12 @@ from onn.functional.types import Local, Residuals, reduction_dtype
 
 _NUMBERS: Final = MappingProxyType({torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"})
 _FLAGS: Final = ("-std=c++20", "-O2", "-march=native", "-fopenmp", "-shared", "-fPIC")
-_SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "lanes.h", "work.h", "amx.h"))
+_SOURCES: Final = tuple(
+    Path(__file__).with_name(name) for name in ("native.cpp", "activations.h", "pairs.h", "lanes.h", "work.h", "amx.h")
+)
+
+_BLOCKS: Final = 16
+"""Of tokens, in which pairs are counted and listed at once."""
 
 
 class Segments(NamedTuple):
@@ -37,6 +42,28 @@ class Segments(NamedTuple):
     """[R] int64: the row of each pair."""
     ends: Tensor
     """[E] int64: where the pairs of each expert end."""
+
+
+class Active(NamedTuple):
+    """The pairs of a bank whose combine weight is not 0."""
+
+    segments: Segments
+    weight: Tensor
+    """[R], float32 at least."""
+    most: int
+    """Pairs of a token, at most."""
+
+    @property
+    def number(self) -> int:
+        """R."""
+        return len(self.weight)
+
+
+class Lengths(NamedTuple):
+    """The norms of what the experts read and of the gradients of what they give, [T] each, float32 at least."""
+
+    x: Tensor
+    dy: Tensor
 
 
 def why_not(dtype: torch.dtype, *, device: str) -> str:
@@ -55,22 +82,32 @@ def available(dtype: torch.dtype, *, device: str) -> bool:
     return not why_not(dtype, device=device)
 
 
-def project(x: Tensor, matrices: Sequence[Tensor], segments: Segments) -> list[Tensor]:
-    """`matrix_e x_t` of each pair: [T, H] and [E, I, H] to [R, I], for every matrix."""
+def active(weights: Tensor) -> Active:
+    """The pairs whose combine weight [T, E] is not 0."""
+    T, E = weights.shape
+    weights = weights.contiguous()
+    starts, ends, most = (torch.empty(size, dtype=torch.int64) for size in (_BLOCKS * E, E, 1))
+    _call("count", weights.dtype, weights, T, E, _BLOCKS, starts, ends, most)
+    R = int(ends[-1]) if E else 0
+    token, weight = torch.empty(R, dtype=torch.int64), weights.new_empty(R, dtype=reduction_dtype(weights.dtype))
+    _call("list", weights.dtype, weights, T, E, _BLOCKS, starts, token, weight)
+    return Active(Segments(token, ends), weight, most=int(most))
+
+
+def project(x: Tensor, matrices: Sequence[Tensor], segments: Segments, *, out: Sequence[Tensor]) -> None:
+    """`matrix_e x_t` of each pair: [T, H] and [E, I, H] into [R, I] or more rows, for every matrix."""
     E, I, H = matrices[0].shape
-    out = [x.new_empty(len(segments.token), I) for _ in matrices]
+    assert all(one.is_contiguous() for one in out)
     _call("project", x.dtype, len(out), x.contiguous(), _each(matrices), *segments, E, I, H, _each(out))
-    return out
 
 
-def combine(products: Sequence[tuple[Tensor, Tensor]], segments: Segments, into: Tensor) -> None:
-    """Add the sums over products and experts of [R, I] times [E, I, H] to the tokens, `into` [T, H]."""
+def combine(products: Sequence[tuple[Tensor, Tensor]], segments: Segments, *, tokens: int) -> Tensor:
+    """The sums by token over products and experts of [R, I] times [E, I, H]: [T, H]."""
     rows, matrices = zip(*products, strict=True)
     E, I, H = matrices[0].shape
-    assert into.is_contiguous()
-    wide = [one.to(into.dtype) for one in rows]
-    number, tokens = len(products), len(into)
-    _call("combine", matrices[0].dtype, number, _each(wide), _each(matrices), *segments, E, I, H, tokens, into)
+    out: Tensor = matrices[0].new_empty(tokens, H)
+    _call("combine", out.dtype, len(products), _each(rows), _each(matrices), *segments, E, I, H, tokens, out)
+    return out
 
 
 def outer(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], segments: Segments) -> None:
@@ -78,18 +115,43 @@ def outer(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], segments: Segmen
     rows, out = zip(*products, strict=True)
     E, I, H = out[0].shape
     assert all(one.is_contiguous() for one in out)
-    wide = [one.to(reduction_dtype(x.dtype)) for one in rows]
-    _call("outer", x.dtype, len(products), _each(wide), x.contiguous(), *segments, E, I, H, _each(out))
+    _call("outer", x.dtype, len(products), _each(rows), x.contiguous(), *segments, E, I, H, _each(out))
 
 
-def local(residuals: Residuals, u: Tensor) -> tuple[Local, Tensor, Tensor]:
-    """The unit gradients [R, I], `sum a u` [R, 1], and `||(c1, c3)||` and `||a||` [R, 2], float32 at least."""
-    R, I = u.shape
-    wide = reduction_dtype(u.dtype)
-    c1, c3, a = (u.new_empty(R, I, dtype=wide) for _ in range(3))
-    inner, norms = (u.new_empty(R, size, dtype=wide) for size in (1, 2))
-    _call("local", u.dtype, *(rows.contiguous() for rows in (*residuals, u)), R, I, c1, c3, a, inner, norms)
-    return Local(c1, c3, a), inner, norms
+def activate(residuals: Residuals, weight: Tensor) -> Tensor:
+    """`weight silu(h1) h3` of [R] and [R, I] or more rows: [R, I]."""
+    R, I = len(weight), residuals.h1.shape[1]
+    out = residuals.h1.new_empty(R, I)
+    _call("activate", out.dtype, *map(Tensor.contiguous, residuals), weight, R, I, out)
+    return out
+
+
+def local(
+    residuals: Residuals, u: Tensor, pairs: Active, *, tokens: int, lengths: Lengths | None, table: bool
+) -> tuple[Local, Tensor, Tensor, Tensor]:
+    """What the backward pass knows of each pair.
+
+    Args:
+        residuals: [R, I] or more rows.
+        u: [R, I].
+        pairs: of `active`.
+        tokens: T.
+        lengths: what surprise is made with; `None` measures none.
+        table: whether surprise is wanted as [T, E], too.
+
+    Returns:
+        `Local` times the combine weights [R, I], what these learn [T, E], and surprise [R] and [T, E], float32 at
+        least: without entries where not measured or not wanted.
+    """
+    (R, I), E, wide = u.shape, len(pairs.segments.ends), pairs.weight.dtype
+    rows = Local(*(u.new_empty(R, I) for _ in Local._fields))
+    d_weights = u.new_zeros(tokens, E)
+    surprise = u.new_empty(R if lengths else 0, dtype=wide)
+    by_token = u.new_zeros((tokens, E) if lengths and table else 0, dtype=wide)
+    held = (*map(Tensor.contiguous, (*residuals, u)), pairs.weight, *pairs.segments)
+    measured = (*(lengths or (None, None)), surprise if lengths else None, by_token if lengths and table else None)
+    _call("local", u.dtype, *held, E, I, *rows, d_weights, *measured)
+    return rows, d_weights, surprise, by_token
 
 
 def lengths(rows: Tensor) -> Tensor:
@@ -99,14 +161,26 @@ def lengths(rows: Tensor) -> Tensor:
     return out
 
 
-def least(surprise: Tensor, token: Tensor, *, tokens: int, min_k: int, dtype: torch.dtype) -> Tensor:
-    """Which pairs [R] of a bank of this dtype are among the `min_k` of least surprise of their token: bool [R].
+def total(rows: Tensor, segments: Segments, *, scale: Tensor | None) -> Tensor:
+    """Sums of [R, I] over the pairs of each expert, or of the squares of rows times `scale` [T]: [E, I], as `scale`."""
+    (_, I), E = rows.shape, len(segments.ends)
+    out = rows.new_empty(E, I, dtype=reduction_dtype(rows.dtype))
+    _call("total", rows.dtype, rows.contiguous(), scale, *segments, E, I, out)
+    return out
 
-    As `min_k_mask` chooses.
+
+def least(
+    surprise: Tensor, segments: Segments, *, tokens: int, min_k: int, dtype: torch.dtype
+) -> tuple[Tensor, Segments]:
+    """The pairs of a bank of this dtype that are among the `min_k` of least surprise [R] of their token.
+
+    Chosen as by `min_k_mask`: their places among all, and they themselves.
     """
-    keep = torch.empty_like(surprise, dtype=torch.bool)
-    _call("least", dtype, surprise.contiguous(), token, len(token), tokens, min_k, keep)
-    return keep
+    E, most = len(segments.ends), min(len(surprise), tokens * min_k)
+    places, token, ends = (torch.empty(size, dtype=torch.int64) for size in (most, most, E))
+    _call("least", dtype, surprise.contiguous(), *segments, E, tokens, min_k, places, token, ends)
+    kept = int(ends[-1]) if E else 0
+    return places[:kept], Segments(token[:kept], ends)
 
 
 class _Pointers(NamedTuple):
@@ -121,15 +195,19 @@ def _each(tensors: Sequence[Tensor]) -> _Pointers:
     return _Pointers((ctypes.c_void_p * len(held))(*(tensor.data_ptr() for tensor in held)), held)
 
 
-def _call(name: str, dtype: torch.dtype, *arguments: Tensor | _Pointers | int) -> None:
+def _call(name: str, dtype: torch.dtype, *arguments: Tensor | _Pointers | int | None) -> None:
     library = _built(_NUMBERS[dtype])
     if isinstance(library, str):
         raise RuntimeError(f"native code: {library}.")
     getattr(library, f"onn_{name}")(*map(_argument, (torch.get_num_threads(), *arguments)))
 
 
-def _argument(value: Tensor | _Pointers | int) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.Array[ctypes.c_void_p]:
+def _argument(
+    value: Tensor | _Pointers | int | None,
+) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.Array[ctypes.c_void_p]:
     match value:
+        case None:
+            return ctypes.c_void_p(None)
         case Tensor():
             return ctypes.c_void_p(value.data_ptr())
         case _Pointers():

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from onn.functional.kernels import native
-
 Span: TypeAlias = "slice[int, int, int]"
 
 
@@ -298,47 +296,7 @@ class Ragged(NamedTuple):
         return torch.split(rows, sizes)
 
 
-class Native(NamedTuple):
-    """All experts at once, by native code: no row is gathered."""
-
-    segments: native.Segments
-    owners: Tensor
-    """[R]: the expert of each row."""
-
-    def take(self, source: Tensor, slot: str) -> Tensor:
-        """[T, H]."""
-        return source
-
-    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
-        """[R + 1, I] to [R, I]; of a tensor of more pairs, `among` which these are."""
-        return _rows(values, slice(0, len(self.segments.token)), among)
-
-    def put(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `spread`."""
-        into[:-1] = rows
-
-    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """[R, I], of pairs alone."""
-        return rows
-
-    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
-        """[T, H] to [R, I] each."""
-        return native.project(rows, matrices, self.segments)
-
-    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
-        """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
-        native.combine(products, self.segments, into[:-1])
-
-    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
-        """Sums of the outer products of [R, I] and [T, H] by expert."""
-        native.outer(sources, products, self.segments)
-
-    def total(self, rows: Tensor, out: Tensor) -> None:
-        """Sums of [R, I] by expert."""
-        out.zero_().index_add_(0, self.owners, rows.to(out.dtype))
-
-
-Part = Padded | Whole | Ragged | Native
+Part = Padded | Whole | Ragged
 
 
 def _rows(values: Tensor, pairs: Span | Tensor, among: Tensor | None) -> Tensor:

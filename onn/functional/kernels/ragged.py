@@ -9,39 +9,19 @@ Shape letters: N banks, T tokens, H hidden, E experts, I expert intermediate siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from onn.functional.kernels import native
+from onn.functional.kernels import native_bank
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
-from onn.functional.kernels.parts import Native, Pairs, Part, active_pairs, extended, kept_pairs
-from onn.functional.kernels.tilings import NATIVE, Tiling
+from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs
+from onn.functional.kernels.tilings import Tiling
 from onn.functional.surprise import min_k_mask, weight_surprise
-from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
-
-
-class RaggedGrads(NamedTuple):
-    """What it gives; a tensor without entries where it was not wanted."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    x: Tensor
-    """[N, T, H]: never masked."""
-    weights: Tensor
-    """[N, T, E]: 0 where the weight is 0, since nothing was computed there."""
-    surprise: Tensor
-    """[N, T, E]"""
-    bias: Tensor
-    """[N, 2, E, I]: of the pairs that learn."""
-    squares: Tensor
-    """[N, 3, E, I]"""
-
+from onn.functional.types import Experts, Local, RaggedGrads, Residuals, Wanted, reduction_dtype
 
 _library = torch.library.Library("onn", "FRAGMENT")
 _BANK = "Tensor gate, Tensor up, Tensor down, Tensor x, Tensor weights"
@@ -109,6 +89,8 @@ def _joined(members: tuple[Tensor, ...]) -> Tensor:
 
 
 def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
+    if (left := native_bank.pairs_of(weights, tiling)) is not None:
+        return native_bank.forward(experts, x, left)
     pairs = active_pairs(weights)
     (T, H), I = x.shape, experts.gate.shape[1]
     h1, h3 = (_of_pairs(pairs, I, like=x, dtype=x.dtype) for _ in range(2))
@@ -138,23 +120,6 @@ def _weighted(part: Part, rows: Tensor, weight: Tensor) -> Tensor:
     return part.guarded(rows.mul_(weight.expand_as(rows).contiguous() if short else weight), weight)
 
 
-def _unit(part: Part, residuals: Residuals, u: Tensor, *, measured: bool) -> tuple[Local, Tensor, Tensor]:
-    """The unit gradients [..., I], the gradient of the combine weight [..., 1] and, where measured, `_norms`."""
-    if isinstance(part, Native):
-        return native.local(residuals, u)
-    local = unit_gradients(residuals, u)
-    inner = (local.a * u).sum(dim=-1, keepdim=True)
-    return local, inner, _norms(local) if measured else inner[..., :0]
-
-
-def _lengths(rows: Tensor, tiling: Tiling) -> Tensor:
-    """The norm of each row [T, H], float32 at least."""
-    if tiling.entries == NATIVE:
-        return native.lengths(rows)
-    norms: Tensor = vector_norm(rows, dim=-1, dtype=reduction_dtype(rows.dtype))
-    return norms
-
-
 def _norms(local: Local) -> Tensor:
     """`unit_norms` [..., 2], of so few rows at a time that what they are widened to stays in a cache."""
     few = max(1, 2**18 // max(local.a[:1].numel(), 1))
@@ -176,7 +141,7 @@ def _backward(
     min_k: int,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
-    sizes = ((weights != 0).flatten(1).sum(dim=1) + 1).tolist()
+    sizes = ((weights != 0).flatten(1).sum(dim=1) + 1).tolist() if len(weights) > 1 else [len(h1)]
     residuals = map(Residuals, h1.split(sizes), h3.split(sizes))
     grads = [
         _backward_one(g, Experts(*experts), *inputs, kept, Tiling(entries, whole_from), min_k, Wanted(*wanted))
@@ -197,6 +162,8 @@ def _backward_one(
     min_k: int,
     wanted: Wanted,
 ) -> RaggedGrads:
+    if (left := native_bank.pairs_of(weights, tiling)) is not None:
+        return native_bank.backward(dy, experts, x, residuals, left, min_k=min_k, wanted=wanted)
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
     pairs = active_pairs(weights)
     masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())
@@ -216,17 +183,17 @@ def _backward_one(
     products = of_pairs(I if masked else 0, x.dtype)
     sources = norms
     if measured or wanted.squares:
-        ends = torch.stack([_lengths(rows, tiling) for rows in (x, dy)], dim=-1)
+        ends = torch.stack([vector_norm(rows, dim=-1, dtype=wide) for rows in (x, dy)], dim=-1)
         sources = extended(ends).index_select(0, pairs.token)
 
     def first_pass(part: Part) -> None:
         """Everything but what only the least surprised pairs are to give, where these are not known yet."""
         g, weight = part.take(dy, "dy"), part.spread(pairs.weight)
         (u,) = part.project(g, experts.down)
-        local, inner, lengths = _unit(part, Residuals(*map(part.spread, residuals)), u, measured=measured)
-        part.put(inner, d_weights)
+        local = unit_gradients(Residuals(*map(part.spread, residuals)), u)
+        part.put((local.a * u).sum(dim=-1, keepdim=True), d_weights)
         if measured:
-            part.put(lengths, norms)
+            part.put(_norms(local), norms)
         if wanted.squares:
             met = matrix_squares(local, *(weight * part.spread(sources)).split(1, dim=-1))
             for square, total in zip(met, squares, strict=True):
@@ -249,12 +216,12 @@ def _backward_one(
     if measured:
         surprise = weight_surprise(torch.hypot(*(norms * sources).split(1, dim=1)), pairs.weight)[:-1, 0]
     if masked:
-        kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, tiling, min_k=min_k))
+        kept, places = kept_pairs(pairs, _least(pairs, surprise, weights, min_k=min_k))
         products = products.index_select(0, places)
         learnt = room(needed=wanted.experts)
         for part in parts(kept, tokens=T, width=I, hidden=H, tiling=tiling):
             h1, h3 = (part.spread(rows, places) for rows in residuals)
-            local, *_ = _unit(part, Residuals(h1, h3), part.spread(products), measured=False)
+            local = unit_gradients(Residuals(h1, h3), part.spread(products))
             weight = part.spread(kept.weight)
             rows = Local(*(_weighted(part, one, weight) for one in local))
             if wanted.experts:
@@ -285,10 +252,8 @@ def _learn_bias(part: Part, c1: Tensor, c3: Tensor, bias: Tensor) -> None:
     part.total(c3, bias[1])
 
 
-def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, tiling: Tiling, *, min_k: int) -> Tensor:
+def _least(pairs: Pairs, surprise: Tensor, weights: Tensor, *, min_k: int) -> Tensor:
     """`min_k_mask` of the pairs, bool [R]: sorted are only as many columns as a token has experts at most."""
-    if tiling.entries == NATIVE:
-        return native.least(surprise, pairs.token[:-1], tokens=len(weights), min_k=min_k, dtype=weights.dtype)
     active = weights != 0
     place = (pairs.token[:-1], active.cumsum(dim=1)[pairs.token[:-1], pairs.expert[:-1]] - 1)
     columns = surprise.new_zeros(len(weights), int(active.sum(dim=1).max()))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
+from onn.functional.kernels import native
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.parts import Pairs, extended, takes_grouped
-from onn.functional.kernels.tilings import GATHERING, gathering
+from onn.functional.kernels.tilings import GATHERING
 
 _library = torch.library.Library("onn", "DEF")
 _library.define("segment_outer(Tensor rows, Tensor x, Tensor token, Tensor ends) -> Tensor")
@@ -34,8 +35,11 @@ def segment_outer(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tenso
 
 
 def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
-    """By native code, which looks after no mistakes, where there are none: others are left to stock operators."""
     last = int(ends[-1]) if len(ends) else 0
+    out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
+    if _native(rows, x, token[:last]):
+        native.outer(x, [(rows, out)], native.Segments(token.contiguous(), ends.contiguous()))
+        return out
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     pairs = Pairs(
         token=torch.cat([token[:last], token.new_full((1,), len(x))]),
@@ -43,13 +47,16 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
         weight=rows.new_empty(0),
         counts=tuple(counts.tolist()),
     )
-    out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
     owned = extended(rows[:last])
-    named = last == 0 or 0 <= int(token[:last].min()) <= int(token[:last].max()) < len(x)
-    tiling = gathering(x) if named and rows.dtype == x.dtype else GATHERING
-    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=tiling):
+    for part in parts(pairs, tokens=len(x), width=rows.shape[1], hidden=x.shape[1], tiling=GATHERING):
         part.outer(part.take(x, "x"), (part.spread(owned), out))
     return out
+
+
+def _native(rows: Tensor, x: Tensor, token: Tensor) -> bool:
+    """There is native code, and none of the mistakes that it does not look for."""
+    named = len(token) == 0 or 0 <= int(token.min()) <= int(token.max()) < len(x)
+    return named and rows.dtype == x.dtype and native.available(x.dtype, device=x.device.type)
 
 
 def _grouped(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:

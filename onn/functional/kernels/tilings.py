@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor
-
-from onn.functional.kernels import native
 
 
 class Tiling(NamedTuple):
@@ -34,11 +31,6 @@ GATHERING: Final = Tiling(entries=2**21, whole_from=torch.inf)
 _capabilities: Final = getattr(torch.cpu, "get_capabilities", None)
 _AMX: Final = _capabilities is not None and bool(_capabilities().get("amx_bf16", False))
 """This CPU multiplies tiles of bfloat16; torch of before 2.15 does not tell."""
-
-
-def gathering(rows: Tensor) -> Tiling:
-    """For products of rows like these, all of which are gathered or read in place."""
-    return Tiling(NATIVE, torch.inf) if native.available(rows.dtype, device=rows.device.type) else GATHERING
 
 
 def default_tiling(*, width: int, hidden: int, dtype: torch.dtype) -> Tiling:

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int64_t kBatch = 4096;    // tokens whose sums are kept at once
 constexpr int64_t kSums = 1 << 20;  // bytes of these sums
+constexpr int64_t kChunk = 64;      // rows of a task: their tokens stay in a cache while all neurons pass
 
 int64_t covering(int64_t number, int64_t size) { return (number + size - 1) / std::max<int64_t>(size, 1); }
 
@@ -41,6 +43,7 @@ A* scratch(int64_t size) {
   const size_t bytes = covering(size * sizeof(A), 64) * 64;
   if (bytes > room) {
     held.reset(std::aligned_alloc(64, bytes));
+    if (!held) throw std::bad_alloc();
     room = bytes;
   }
   return static_cast<A*>(held.get());
