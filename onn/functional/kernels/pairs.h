@@ -80,21 +80,20 @@ template <class A>
 void least(const A* surprise, const int64_t* token, const int64_t* ends, int64_t E, int64_t tokens, int64_t most,
            int64_t* kept, int64_t* kept_token, int64_t* kept_ends) {
   const int64_t R = E ? ends[E - 1] : 0;
-  std::vector<int64_t> stops(tokens + 1), pairs(R);
+  std::vector<int64_t> stops(tokens + 1);
+  std::vector<std::pair<A, int64_t>> pairs(R);
   std::vector<uint8_t> keep(R);
   for (int64_t r = 0; r < R; ++r) ++stops[token[r] + 1];
   for (int64_t t = 0; t < tokens; ++t) stops[t + 1] += stops[t];
   std::vector<int64_t> next(stops.begin(), stops.end() - 1);
-  for (int64_t r = 0; r < R; ++r) pairs[next[token[r]]++] = r;
-  const auto key = [&](int64_t r) {
-    return std::pair(std::isfinite(surprise[r]) ? surprise[r] : std::numeric_limits<A>::infinity(), r);
-  };
+  for (int64_t r = 0; r < R; ++r)
+    pairs[next[token[r]]++] = {std::isfinite(surprise[r]) ? surprise[r] : std::numeric_limits<A>::infinity(), r};
 #pragma omp parallel for
   for (int64_t t = 0; t < tokens; ++t) {
-    int64_t *first = pairs.data() + stops[t], *last = pairs.data() + stops[t + 1];
-    int64_t* end = first + std::min<int64_t>(most, last - first);
-    if (end < last) std::nth_element(first, end, last, [&](int64_t a, int64_t b) { return key(a) < key(b); });
-    for (int64_t* pair = first; pair < end; ++pair) keep[*pair] = 1;
+    const auto first = pairs.begin() + stops[t], last = pairs.begin() + stops[t + 1];
+    const auto end = first + std::min<int64_t>(most, last - first);
+    if (end < last) std::nth_element(first, end, last);
+    for (auto pair = first; pair < end; ++pair) keep[pair->second] = 1;
   }
   int64_t number = 0;
   for (int64_t e = 0, r = 0; e < E; ++e) {
