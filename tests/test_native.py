@@ -75,7 +75,7 @@ def by_native(work: Work) -> dict[str, Tensor]:
     """All three products, of all matrices side by side; what they write to held NaN before."""
     projected, learnt = ([one.new_full(one.shape, torch.nan) for one in ones] for ones in (work.rows, work.matrices))
     native.project(work.x, work.matrices, work.segments, out=projected)
-    native.outer(work.x, list(zip(work.rows, learnt, strict=True)), work.segments, places=None)
+    native.outer(work.x, list(zip(work.rows, learnt, strict=True)), work.segments)
     products = list(zip(work.rows, work.matrices, strict=True))
     return {
         "project": torch.stack(projected, dim=1),
@@ -292,18 +292,6 @@ def test_the_least_surprised_pairs_are_those_of_the_mask(seed: int, T: int, E: i
     expert, token = mask.mT.nonzero(as_tuple=True)
     assert_same(kept, native.Segments(token, torch.bincount(expert, minlength=E).cumsum(0)))
     assert_same((segments.token[places], owners(segments)[places]), (token, expert))
-
-
-@needs_native
-@every_dtype
-@pytest.mark.parametrize("I", WIDTHS)
-def test_a_weight_gradient_of_rows_at_places_is_that_of_the_rows(I: int, dtype: torch.dtype) -> None:
-    work = make(I, COUNTS, T=300, H=65, I=I, dtype=dtype)
-    order = torch.randperm(len(work.segments.token), generator=torch.Generator().manual_seed(I))
-    learnt = [matrix.new_full(matrix.shape, torch.nan) for matrix in work.matrices]
-    scattered = [torch.empty_like(rows).index_copy_(0, order, rows) for rows in work.rows]
-    native.outer(work.x, list(zip(scattered, learnt, strict=True)), work.segments, places=order)
-    assert_same(torch.stack(learnt, dim=1), by_native(work)["outer"])
 
 
 @needs_native

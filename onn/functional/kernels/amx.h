@@ -193,16 +193,15 @@ Words spaced(const bfloat16* from, int64_t size) {
   return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from));
 }
 
-// Left tiles [1, depth] of up to 16 columns of `number` rows, from `row(r)`.
-template <class Row>
-void pack_transposed(int64_t number, int64_t columns, int64_t depth, Row&& row, bfloat16* to) {
+// Left tiles [1, depth] of up to 16 columns of `number` rows [., I].
+void pack_transposed(const bfloat16* from, int64_t number, int64_t I, int64_t columns, int64_t depth, bfloat16* to) {
   for (int64_t k = 0; k < depth; ++k) {
     Words pairs[kSide];
 #pragma GCC unroll 16
     for (int m = 0; m < kSide; ++m) {
       const int64_t r = k * kDepth + 2 * m;
-      pairs[m] = r < number ? spaced(row(r), columns) : Words{};
-      if (r + 1 < number) pairs[m] |= spaced(row(r + 1), columns) << 16;
+      pairs[m] = r < number ? spaced(from + r * I, columns) : Words{};
+      if (r + 1 < number) pairs[m] |= spaced(from + (r + 1) * I, columns) << 16;
     }
     transpose(pairs);
     std::memcpy(to + k * kSize, pairs, sizeof pairs);
@@ -296,8 +295,8 @@ void combine(int64_t number, const bfloat16* const* rows, const bfloat16* const*
     }
 }
 
-void outer(int64_t number, const bfloat16* const* rows, const int64_t* place, const bfloat16* x, const int64_t* token,
-           const int64_t* ends, int64_t E, int64_t I, int64_t H, bfloat16* const* out) {
+void outer(int64_t number, const bfloat16* const* rows, const bfloat16* x, const int64_t* token, const int64_t* ends,
+           int64_t E, int64_t I, int64_t H, bfloat16* const* out) {
   int64_t deepest = 1;
   for (int64_t e = 0, start = 0; e < E; start = ends[e++])
     deepest = std::max(deepest, covering(ends[e] - start, kDepth));
@@ -317,12 +316,9 @@ void outer(int64_t number, const bfloat16* const* rows, const int64_t* place, co
       for (int64_t k = 0; k < ends[e] - start; ++k) sources[k] = x + token[start + k] * H + first * kSide;
       pack_pairs(sources, H - first * kSide, here, depth, right);
       for (int64_t j = 0; j < number; ++j)
-        for (int64_t i = 0; i < neurons; ++i) {
-          const auto row = [&](int64_t k) {
-            return rows[j] + (place ? place[start + k] : start + k) * I + i * kSide;
-          };
-          pack_transposed(ends[e] - start, I - i * kSide, depth, row, left + (j * neurons + i) * depth * kSize);
-        }
+        for (int64_t i = 0; i < neurons; ++i)
+          pack_transposed(rows[j] + start * I + i * kSide, ends[e] - start, I, I - i * kSide, depth,
+                          left + (j * neurons + i) * depth * kSize);
       multiply_all(left, right, number * neurons, here, depth, [&](int64_t m, int64_t c, auto wide, const float* sums) {
         const int64_t j = m / neurons, i = m % neurons * kSide, h = (first + c) * kSide;
         for (int64_t row = 0; row < std::min<int64_t>(kSide, I - i); ++row, sums += kSide)

@@ -199,24 +199,13 @@ void combine(int64_t number, const T* const* rows, const T* const* w, const int6
     }
 }
 
-// Rows [number, I] at `place`, or where there is none from the first on, as numbers that are summed.
+// out[j][e] = sum over the pairs r of e of the outer product of rows[j][r] and x[token[r]]: [R, I] to [E, I, H].
 template <class T>
-const Sum<T>* placed(const T* rows, const int64_t* place, int64_t number, int64_t I, Sum<T>* room) {
-  if (!place) return wide<T>(rows, number * I, room);
-  for (int64_t k = 0; k < number; ++k)
-    if (const Sum<T>* row = wide<T>(rows + place[k] * I, I, room + k * I); row != room + k * I)
-      std::copy(row, row + I, room + k * I);
-  return room;
-}
-
-// out[j][e] = sum over the pairs r of e of the outer product of rows[j][place[r]] and x[token[r]]: [., I] to [E, I, H].
-// Without a `place` it is r.
-template <class T>
-void outer(int64_t number, const T* const* rows, const int64_t* place, const T* x, const int64_t* token,
-           const int64_t* ends, int64_t E, int64_t I, int64_t H, T* const* out) {
+void outer(int64_t number, const T* const* rows, const T* x, const int64_t* token, const int64_t* ends, int64_t E,
+           int64_t I, int64_t H, T* const* out) {
 #ifdef ONN_TILES
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (tiles::allowed()) return tiles::outer(number, rows, place, x, token, ends, E, I, H, out);
+    if (tiles::allowed()) return tiles::outer(number, rows, x, token, ends, E, I, H, out);
 #endif
   using A = Sum<T>;
   constexpr int C = Lanes<A>::columns, L = Lanes<A>::number;
@@ -236,7 +225,7 @@ void outer(int64_t number, const T* const* rows, const int64_t* place, const T* 
           for (int64_t b = 0; b < here; ++b)
             pack(x + token[r + k] * H + (first + b) * C, H - (first + b) * C, packed + (b * deep + k) * C);
         for (int64_t j = 0; j < number; ++j) {
-          const A* left = placed<T>(rows[j] + (place ? 0 : r * I), place ? place + r : nullptr, deep, I, room);
+          const A* left = wide<T>(rows[j] + r * I, deep * I, room);
           for (int64_t i = 0; i < I; i += kTall)
             sized<kTall>(std::min<int64_t>(kTall, I - i), [&](auto tall) {
               constexpr int M = decltype(tall)::value;
@@ -292,10 +281,10 @@ void onn_combine(int64_t crew, int64_t number, const Number* const* rows, const 
   use_threads(crew);
   combine<Number>(number, rows, w, token, ends, E, I, H, tokens, out);
 }
-void onn_outer(int64_t crew, int64_t number, const Number* const* rows, const int64_t* place, const Number* x,
-               const int64_t* token, const int64_t* ends, int64_t E, int64_t I, int64_t H, Number* const* out) {
+void onn_outer(int64_t crew, int64_t number, const Number* const* rows, const Number* x, const int64_t* token,
+               const int64_t* ends, int64_t E, int64_t I, int64_t H, Number* const* out) {
   use_threads(crew);
-  outer<Number>(number, rows, place, x, token, ends, E, I, H, out);
+  outer<Number>(number, rows, x, token, ends, E, I, H, out);
 }
 void onn_activate(int64_t crew, const Number* h1, const Number* h3, const Wide* weight, int64_t R, int64_t I,
                   Number* out) {

@@ -110,12 +110,12 @@ def combine(products: Sequence[tuple[Tensor, Tensor]], segments: Segments, *, to
     return out
 
 
-def outer(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], segments: Segments, *, places: Tensor | None) -> None:
-    """Sums by expert of the outer products of rows, at `places` [R] or all of [R, I], and x [T, H], into [E, I, H]."""
+def outer(x: Tensor, products: Sequence[tuple[Tensor, Tensor]], segments: Segments) -> None:
+    """Sums of the outer products of rows [R, I] and x [T, H] by expert, into [E, I, H]."""
     rows, out = zip(*products, strict=True)
     E, I, H = out[0].shape
     assert all(one.is_contiguous() for one in out)
-    _call("outer", x.dtype, len(products), _each(rows), places, x.contiguous(), *segments, E, I, H, _each(out))
+    _call("outer", x.dtype, len(products), _each(rows), x.contiguous(), *segments, E, I, H, _each(out))
 
 
 def activate(residuals: Residuals, weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onn.functional.kernels import native
 from onn.functional.kernels.tilings import NATIVE, Tiling
-from onn.functional.types import Experts, RaggedGrads, Residuals, Wanted
+from onn.functional.types import Experts, Local, RaggedGrads, Residuals, Wanted
 
 
 def pairs_of(weights: Tensor, tiling: Tiling) -> native.Active | None:
@@ -66,16 +66,15 @@ def backward(
         squares = torch.stack(
             [native.total(one, segments, scale=scale) for one, scale in zip(rows, scales, strict=True)]
         )
-    places = None
     if masked:
         places, segments = native.least(surprise, segments, tokens=len(x), min_k=min_k, dtype=x.dtype)
+        rows = Local(*(one.index_select(0, places) for one in rows))
     learnt = Experts(*(x.new_empty(matrix.shape if wanted.experts else 0) for matrix in experts))
     if wanted.experts:
-        native.outer(x, [(rows.c1, learnt.gate), (rows.c3, learnt.up)], segments, places=places)
-        native.outer(dy, [(rows.a, learnt.down)], segments, places=places)
+        native.outer(x, [(rows.c1, learnt.gate), (rows.c3, learnt.up)], segments)
+        native.outer(dy, [(rows.a, learnt.down)], segments)
     if wanted.bias:
-        first = (rows.c1, rows.c3) if places is None else (one.index_select(0, places) for one in (rows.c1, rows.c3))
-        bias = torch.stack([native.total(one, segments, scale=None) for one in first])
+        bias = torch.stack([native.total(one, segments, scale=None) for one in (rows.c1, rows.c3)])
     return RaggedGrads(*learnt, x=dx, weights=d_weights, surprise=table, bias=bias, squares=squares)
 
 

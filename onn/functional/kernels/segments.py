@@ -38,7 +38,7 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     last = int(ends[-1]) if len(ends) else 0
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
     if _native(rows, x, token[:last]):
-        native.outer(x, [(rows, out)], native.Segments(token.contiguous(), ends.contiguous()), places=None)
+        native.outer(x, [(rows, out)], native.Segments(token.contiguous(), ends.contiguous()))
         return out
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     pairs = Pairs(
