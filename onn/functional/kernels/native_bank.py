@@ -69,13 +69,22 @@ def backward(
     if masked:
         places, segments = native.least(surprise, segments, tokens=len(x), min_k=min_k, dtype=x.dtype)
         rows = Local(*(one.index_select(0, places) for one in rows))
-    learnt = Experts(*(x.new_empty(matrix.shape if wanted.experts else 0) for matrix in experts))
+    c1, c3, a = rows
+    del rows
+
+    def room(matrix: Tensor) -> Tensor:
+        return x.new_empty(matrix.shape if wanted.experts else 0)
+
+    down = room(experts.down)
     if wanted.experts:
-        native.outer(x, [(rows.c1, learnt.gate), (rows.c3, learnt.up)], segments)
-        native.outer(dy, [(rows.a, learnt.down)], segments)
+        native.outer(dy, [(a, down)], segments)
+    del a
+    gate, up = room(experts.gate), room(experts.up)
+    if wanted.experts:
+        native.outer(x, [(c1, gate), (c3, up)], segments)
     if wanted.bias:
-        bias = torch.stack([native.total(one, segments, scale=None) for one in (rows.c1, rows.c3)])
-    return RaggedGrads(*learnt, x=dx, weights=d_weights, surprise=table, bias=bias, squares=squares)
+        bias = torch.stack([native.total(one, segments, scale=None) for one in (c1, c3)])
+    return RaggedGrads(gate, up, down, x=dx, weights=d_weights, surprise=table, bias=bias, squares=squares)
 
 
 def _projected(dy: Tensor, down: Tensor, pairs: native.Active) -> Tensor:
