@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import statistics
@@ -95,9 +96,13 @@ def ratio(seconds: Mapping[str, list[float]], variant: str, baseline: str) -> Ra
 
 
 def peak_bytes(run: Run, *, warm: bool = False) -> int:
-    """The most memory that one call holds at a time beyond what was there before, after a call unless it is `warm`."""
+    """The most memory that one call holds at a time beyond what was there before, after a call unless it is `warm`.
+
+    What earlier calls left in cycles goes first: freed in between it would be taken off.
+    """
     if not warm:
         run()
+    gc.collect()
     if torch.cuda.is_available():
         _wait()
         held = torch.cuda.memory_allocated()

@@ -51,7 +51,7 @@ def make_local(seed: int, *, T: int, E: int, I: int, dtype: torch.dtype, scale: 
 def locally(one: Activations) -> dict[str, Tensor]:
     T, R = len(one.lengths.x), one.pairs.number
     rows, d_weights, surprise, table = native.local(
-        one.residuals, one.u, one.pairs, tokens=T, lengths=one.lengths, table=True
+        one.residuals, one.u.clone(), one.pairs, tokens=T, lengths=one.lengths, table=True
     )
     place = (one.pairs.segments.token, owners(one.pairs.segments))
     assert_same(table[place], surprise)
@@ -122,7 +122,7 @@ def test_extreme_activations_are_finite_where_those_of_torch_are(dtype: torch.dt
     wide, R = F.reduction_dtype(dtype), len(u)
     pairs = native.active(torch.ones(R, 1, dtype=dtype))
     ones = native.Lengths(*torch.ones(2, R, dtype=wide))
-    local, inner, surprise, _ = native.local(F.Residuals(h1, h3), u, pairs, tokens=R, lengths=ones, table=False)
+    local, inner, surprise, _ = native.local(F.Residuals(h1, h3), u.clone(), pairs, tokens=R, lengths=ones, table=False)
     stock = unit_gradients(F.Residuals(h1.to(wide), h3.to(wide)), u.to(wide))
     stored = tolerance(dtype if dtype != torch.bfloat16 else wide, terms=1)
     assert_close(local, F.Local(*(rows.to(dtype) for rows in stock)), bound=stored)

@@ -32,7 +32,7 @@ void activate(const T* h1, const T* h3, const Sum<T>* weight, int64_t R, int64_t
 
 // Of each pair the unit gradients and the activation times its weight, [R, I]; what its weight learns, into
 // `d_weights` [T, E]; and, where there is room for it, its surprise, made with the lengths of `x` and `dy` [T]: [R],
-// and if wanted as a table [T, E], too.
+// and if wanted as a table [T, E], too. `c1` may be where `u` is.
 template <class T>
 void local(const T* h1, const T* h3, const T* u, const Sum<T>* weight, const int64_t* token, const int64_t* ends,
            int64_t E, int64_t I, T* c1, T* c3, T* a, T* d_weights, const Sum<T>* of_x, const Sum<T>* of_dy,

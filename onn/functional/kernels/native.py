@@ -133,7 +133,7 @@ def local(
 
     Args:
         residuals: [R, I] or more rows.
-        u: [R, I].
+        u: [R, I]; its memory becomes that of `c1`.
         pairs: of `active`.
         tokens: T.
         lengths: what surprise is made with; `None` measures none.
@@ -144,11 +144,12 @@ def local(
         least: without entries where not measured or not wanted.
     """
     (R, I), E, wide = u.shape, len(pairs.segments.ends), pairs.weight.dtype
-    rows = Local(*(u.new_empty(R, I) for _ in Local._fields))
+    u = u.contiguous()
+    rows = Local(u, *(torch.empty_like(u) for _ in range(2)))
     d_weights = u.new_zeros(tokens, E)
     surprise = u.new_empty(R if lengths else 0, dtype=wide)
     by_token = u.new_zeros((tokens, E) if lengths and table else 0, dtype=wide)
-    held = (*map(Tensor.contiguous, (*residuals, u)), pairs.weight, *pairs.segments)
+    held = (*map(Tensor.contiguous, residuals), u, pairs.weight, *pairs.segments)
     measured = (*(lengths or (None, None)), surprise if lengths else None, by_token if lengths and table else None)
     _call("local", u.dtype, *held, E, I, *rows, d_weights, *measured)
     return rows, d_weights, surprise, by_token

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onn.functional.kernels import native
 from onn.functional.kernels.tilings import NATIVE, Tiling
-from onn.functional.types import Experts, Local, RaggedGrads, Residuals, Wanted
+from onn.functional.types import Experts, RaggedGrads, Residuals, Wanted
 
 
 def pairs_of(weights: Tensor, tiling: Tiling) -> native.Active | None:
@@ -66,11 +66,13 @@ def backward(
         squares = torch.stack(
             [native.total(one, segments, scale=scale) for one, scale in zip(rows, scales, strict=True)]
         )
-    if masked:
-        places, segments = native.least(surprise, segments, tokens=len(x), min_k=min_k, dtype=x.dtype)
-        rows = Local(*(one.index_select(0, places) for one in rows))
     c1, c3, a = rows
     del rows
+    if masked:
+        places, segments = native.least(surprise, segments, tokens=len(x), min_k=min_k, dtype=x.dtype)
+        c1 = c1.index_select(0, places)
+        c3 = c3.index_select(0, places)
+        a = a.index_select(0, places)
 
     def room(matrix: Tensor) -> Tensor:
         return x.new_empty(matrix.shape if wanted.experts else 0)
