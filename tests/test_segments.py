@@ -84,6 +84,15 @@ def test_empty_segments_are_zero_and_rows_of_nobody_count_nothing(
     assert_same(segment_outer(*poisoned), got)
 
 
+def test_indices_of_half_the_size_are_the_same_indices() -> None:
+    case = make(0, R=7, I=3, T=4, H=5, E=4, owned=5, dtype=torch.float32)
+    assert_close(
+        segment_outer(*case[:2], *(index.to(torch.int32) for index in case[2:])),
+        segment_outer(*case),
+        bound=tolerance(torch.float32, terms=7),
+    )
+
+
 @pytest.mark.parametrize("batched", [dims for dims in product([0, None], repeat=4) if dims != (None,) * 4])
 @pytest.mark.parametrize("at", [0, -1])
 def test_segment_outer_under_vmap_is_the_loop(batched: tuple[int | None, ...], at: int) -> None:

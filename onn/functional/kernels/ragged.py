@@ -89,8 +89,8 @@ def _joined(members: tuple[Tensor, ...]) -> Tensor:
 
 
 def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-    if (left := native_bank.pairs_of(weights, tiling)) is not None:
-        return native_bank.forward(experts, x, left)
+    if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
+        return native_bank.forward(experts, x, native_pairs)
     pairs = active_pairs(weights)
     (T, H), I = x.shape, experts.gate.shape[1]
     h1, h3 = (_of_pairs(pairs, I, like=x, dtype=x.dtype) for _ in range(2))
@@ -162,8 +162,8 @@ def _backward_one(
     min_k: int,
     wanted: Wanted,
 ) -> RaggedGrads:
-    if (left := native_bank.pairs_of(weights, tiling)) is not None:
-        return native_bank.backward(dy, experts, x, residuals, left, min_k=min_k, wanted=wanted)
+    if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
+        return native_bank.backward(dy, experts, x, residuals, native_pairs, min_k=min_k, wanted=wanted)
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
     pairs = active_pairs(weights)
     masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())

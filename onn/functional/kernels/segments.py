@@ -37,7 +37,7 @@ def segment_outer(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tenso
 def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     last = int(ends[-1]) if len(ends) else 0
     out = rows.new_empty(len(ends), rows.shape[1], x.shape[1])
-    if _native(rows, x, token[:last]):
+    if _native(rows, x, token[:last], ends):
         native.outer(x, [(rows, out)], native.Segments(token.contiguous(), ends.contiguous()))
         return out
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
@@ -53,10 +53,11 @@ def _in_cache(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _native(rows: Tensor, x: Tensor, token: Tensor) -> bool:
+def _native(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> bool:
     """There is native code, and none of the mistakes that it does not look for."""
     named = len(token) == 0 or 0 <= int(token.min()) <= int(token.max()) < len(x)
-    return named and rows.dtype == x.dtype and native.available(x.dtype, device=x.device.type)
+    typed = rows.dtype == x.dtype and token.dtype == ends.dtype == torch.int64
+    return named and typed and native.available(x.dtype, device=x.device.type)
 
 
 def _grouped(rows: Tensor, x: Tensor, token: Tensor, ends: Tensor) -> Tensor:
