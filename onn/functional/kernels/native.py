@@ -163,7 +163,10 @@ def lengths(rows: Tensor) -> Tensor:
 
 
 def total(rows: Tensor, segments: Segments, *, scale: Tensor | None) -> Tensor:
-    """Sums of [R, I] over the pairs of each expert, or of the squares of rows times `scale` [T]: [E, I], as `scale`."""
+    """Sums of [R, I] over the pairs of each expert, or of the squares of rows times `scale` [T]: [E, I].
+
+    Float32 at least, as `scale` is.
+    """
     (_, I), E = rows.shape, len(segments.ends)
     out = rows.new_empty(E, I, dtype=reduction_dtype(rows.dtype))
     _call("total", rows.dtype, rows.contiguous(), scale, *segments, E, I, out)

@@ -1,4 +1,4 @@
-"""A bank's active pairs by native code: nothing is gathered, and rows of a pair are as wide as an expert.
+"""A bank's active pairs by native code: no token is gathered, and the row of a pair is as wide as its expert.
 
 Shape letters: T tokens, H hidden, E experts, I expert intermediate size, R active pairs.
 """
