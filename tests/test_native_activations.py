@@ -50,12 +50,9 @@ def make_local(seed: int, *, T: int, E: int, I: int, dtype: torch.dtype, scale: 
 
 def locally(one: Activations) -> dict[str, Tensor]:
     T, R = len(one.lengths.x), one.pairs.number
-    rows, d_weights, surprise, table = native.local(
-        one.residuals, one.u.clone(), one.pairs, tokens=T, lengths=one.lengths, table=True
-    )
+    used_up = one.pairs._replace(weight=one.pairs.weight.clone())
+    rows, d_weights, surprise = native.local(one.residuals, one.u.clone(), used_up, tokens=T, lengths=one.lengths)
     place = (one.pairs.segments.token, owners(one.pairs.segments))
-    assert_same(table[place], surprise)
-    assert int(table.count_nonzero()) <= R
     assert int(d_weights.count_nonzero()) <= R
     weighted = native.activate(one.residuals, one.pairs.weight)
     return {**rows._asdict(), "weighted": weighted, "inner": d_weights[place], "surprise": surprise}
@@ -106,11 +103,21 @@ def test_how_the_numbers_lie_in_memory_changes_nothing(dtype: torch.dtype) -> No
 
 
 @needs_native
-def test_what_is_not_measured_has_no_entries() -> None:
+def test_surprise_that_is_not_measured_has_no_entries_and_leaves_the_weights() -> None:
     one = make_local(0, T=9, E=4, I=5, dtype=torch.float32)
-    for lengths, table in ((None, True), (None, False), (one.lengths, False)):
-        found = native.local(one.residuals, one.u, one.pairs, tokens=9, lengths=lengths, table=table)
-        assert [len(part) for part in found[2:]] == [one.pairs.number if lengths else 0, 0]
+    before = one.pairs.weight.clone()
+    *_, surprise = native.local(one.residuals, one.u, one.pairs, tokens=9, lengths=None)
+    assert len(surprise) == 0
+    assert_same(one.pairs.weight, before)
+
+
+@needs_native
+@every_dtype
+def test_spread_values_lie_at_their_token_and_expert(dtype: torch.dtype) -> None:
+    weights = make_case(3, T=70, H=2, E=5, I=1, dtype=dtype).weights
+    pairs = native.active(weights)
+    table = native.spread(pairs.weight, pairs.segments, tokens=70, dtype=dtype)
+    assert_same(table, weights.to(table.dtype))
 
 
 @needs_native
@@ -122,7 +129,7 @@ def test_extreme_activations_are_finite_where_those_of_torch_are(dtype: torch.dt
     wide, R = F.reduction_dtype(dtype), len(u)
     pairs = native.active(torch.ones(R, 1, dtype=dtype))
     ones = native.Lengths(*torch.ones(2, R, dtype=wide))
-    local, inner, surprise, _ = native.local(F.Residuals(h1, h3), u.clone(), pairs, tokens=R, lengths=ones, table=False)
+    local, inner, surprise = native.local(F.Residuals(h1, h3), u.clone(), pairs, tokens=R, lengths=ones)
     stock = unit_gradients(F.Residuals(h1.to(wide), h3.to(wide)), u.to(wide))
     stored = tolerance(dtype if dtype != torch.bfloat16 else wide, terms=1)
     assert_close(local, F.Local(*(rows.to(dtype) for rows in stock)), bound=stored)

@@ -31,12 +31,12 @@ void activate(const T* h1, const T* h3, const Sum<T>* weight, int64_t R, int64_t
 }
 
 // Of each pair the unit gradients and the activation times its weight, [R, I]; what its weight learns, into
-// `d_weights` [T, E]; and, where there is room for it, its surprise, made with the lengths of `x` and `dy` [T]: [R],
-// and if wanted as a table [T, E], too. `c1` may be where `u` is.
+// `d_weights` [T, E]; and, where there is room for it, its surprise [R], made with the lengths of `x` and `dy` [T].
+// `c1` may be where `u` is, and `surprise` where `weight` is.
 template <class T>
 void local(const T* h1, const T* h3, const T* u, const Sum<T>* weight, const int64_t* token, const int64_t* ends,
            int64_t E, int64_t I, T* c1, T* c3, T* a, T* d_weights, const Sum<T>* of_x, const Sum<T>* of_dy,
-           Sum<T>* surprise, Sum<T>* table) {
+           Sum<T>* surprise) {
   using A = Sum<T>;
   constexpr int L = Lanes<A>::number;
   const std::vector<Task> tasks = tasks_of(ends, E, kChunk);
@@ -59,13 +59,11 @@ void local(const T* h1, const T* h3, const T* u, const Sum<T>* weight, const int
       }
       A all[L < 4 ? 4 : L];
       put_totals<A, 4>(sums, all);
-      const int64_t place = token[r] * E + tasks[n].expert;
-      d_weights[place] = narrowed<T>(all[0]);
+      d_weights[token[r] * E + tasks[n].expert] = narrowed<T>(all[0]);
       if (!surprise) continue;
       const A inner = std::hypot(std::sqrt(all[1]), std::sqrt(all[2])) * of_x[token[r]];
       const A outer = std::sqrt(all[3]) * of_dy[token[r]];
       surprise[r] = std::hypot(inner, outer) * std::abs(weight[r]);
-      if (table) table[place] = surprise[r];
     }
 }
 

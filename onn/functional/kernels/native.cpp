@@ -293,9 +293,13 @@ void onn_activate(int64_t crew, const Number* h1, const Number* h3, const Wide* 
 }
 void onn_local(int64_t crew, const Number* h1, const Number* h3, const Number* u, const Wide* weight,
                const int64_t* token, const int64_t* ends, int64_t E, int64_t I, Number* c1, Number* c3, Number* a,
-               Number* d_weights, const Wide* of_x, const Wide* of_dy, Wide* surprise, Wide* table) {
+               Number* d_weights, const Wide* of_x, const Wide* of_dy, Wide* surprise) {
   use_threads(crew);
-  local<Number>(h1, h3, u, weight, token, ends, E, I, c1, c3, a, d_weights, of_x, of_dy, surprise, table);
+  local<Number>(h1, h3, u, weight, token, ends, E, I, c1, c3, a, d_weights, of_x, of_dy, surprise);
+}
+void onn_spread(int64_t crew, const Wide* values, const int64_t* token, const int64_t* ends, int64_t E, Wide* out) {
+  use_threads(crew);
+  spread(values, token, ends, E, out);
 }
 void onn_lengths(int64_t crew, const Number* x, int64_t R, int64_t H, Wide* out) {
   use_threads(crew);

@@ -127,32 +127,37 @@ def activate(residuals: Residuals, weight: Tensor) -> Tensor:
 
 
 def local(
-    residuals: Residuals, u: Tensor, pairs: Active, *, tokens: int, lengths: Lengths | None, table: bool
-) -> tuple[Local, Tensor, Tensor, Tensor]:
+    residuals: Residuals, u: Tensor, pairs: Active, *, tokens: int, lengths: Lengths | None
+) -> tuple[Local, Tensor, Tensor]:
     """What the backward pass knows of each pair.
 
     Args:
         residuals: [R, I] or more rows.
         u: [R, I]; its memory becomes that of `c1`.
-        pairs: of `active`.
+        pairs: of `active`; the memory of their weights becomes that of surprise, where it is measured.
         tokens: T.
         lengths: what surprise is made with; `None` measures none.
-        table: whether surprise is wanted as [T, E], too.
 
     Returns:
-        `Local` times the combine weights [R, I], what these learn [T, E], and surprise [R] and [T, E], float32 at
-        least: without entries where not measured or not wanted.
+        `Local` times the combine weights [R, I], what these learn [T, E], and surprise [R], float32 at least: without
+        entries where it is not measured.
     """
-    (R, I), E, wide = u.shape, len(pairs.segments.ends), pairs.weight.dtype
+    (_, I), E, weight = u.shape, len(pairs.segments.ends), pairs.weight
     u = u.contiguous()
     rows = Local(u, *(torch.empty_like(u) for _ in range(2)))
     d_weights = u.new_zeros(tokens, E)
-    surprise = u.new_empty(R if lengths else 0, dtype=wide)
-    by_token = u.new_zeros((tokens, E) if lengths and table else 0, dtype=wide)
-    held = (*map(Tensor.contiguous, residuals), u, pairs.weight, *pairs.segments)
-    measured = (*(lengths or (None, None)), surprise if lengths else None, by_token if lengths and table else None)
+    held = (*map(Tensor.contiguous, residuals), u, weight, *pairs.segments)
+    measured = (*(lengths or (None, None)), weight if lengths else None)
     _call("local", u.dtype, *held, E, I, *rows, d_weights, *measured)
-    return rows, d_weights, surprise, by_token
+    return rows, d_weights, weight if lengths else weight.new_empty(0)
+
+
+def spread(values: Tensor, segments: Segments, *, tokens: int, dtype: torch.dtype) -> Tensor:
+    """The values [R] of the pairs of a bank of this dtype, float32 at least, by token and expert: [T, E], else 0."""
+    E = len(segments.ends)
+    out = values.new_zeros(tokens, E)
+    _call("spread", dtype, values.contiguous(), *segments, E, out)
+    return out
 
 
 def lengths(rows: Tensor) -> Tensor:

@@ -44,19 +44,18 @@ def backward(
 ) -> RaggedGrads:
     """The bank's gradients and surprise under SMK."""
     segments = pairs.segments
-    bias, squares = (pairs.weight.new_empty(0) for _ in range(2))
+    bias, squares, table = (pairs.weight.new_empty(0) for _ in range(3))
     masked = (wanted.experts or wanted.bias) and pairs.most > min_k
     measured = wanted.surprise or masked
     lengths = None
     if measured or wanted.squares:
         lengths = native.Lengths(native.lengths(x), native.lengths(dy))
-    rows, d_weights, surprise, table = native.local(
+    rows, d_weights, surprise = native.local(
         residuals,
         _projected(dy, experts.down, pairs),
         pairs,
         tokens=len(x),
         lengths=lengths if measured else None,
-        table=wanted.surprise,
     )
     dx = x.new_empty(0, x.shape[1])
     if wanted.x:
@@ -67,7 +66,7 @@ def backward(
             [native.total(one, segments, scale=scale) for one, scale in zip(rows, scales, strict=True)]
         )
     c1, c3, a = rows
-    del rows
+    del rows, lengths
     if masked:
         places, segments = native.least(surprise, segments, tokens=len(x), min_k=min_k, dtype=x.dtype)
         c1 = c1.index_select(0, places)
@@ -86,6 +85,9 @@ def backward(
         native.outer(x, [(c1, gate), (c3, up)], segments)
     if wanted.bias:
         bias = torch.stack([native.total(one, segments, scale=None) for one in (c1, c3)])
+    del c1, c3
+    if wanted.surprise:
+        table = native.spread(surprise, pairs.segments, tokens=len(x), dtype=x.dtype)
     return RaggedGrads(gate, up, down, x=dx, weights=d_weights, surprise=table, bias=bias, squares=squares)
 
 

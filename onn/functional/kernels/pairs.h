@@ -75,6 +75,14 @@ void list(const T* weights, int64_t tokens, int64_t E, int64_t blocks, int64_t* 
   }
 }
 
+// The values [R] of the pairs, each into its place of [T, E].
+template <class A>
+void spread(const A* values, const int64_t* token, const int64_t* ends, int64_t E, A* out) {
+#pragma omp parallel for
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t r = e ? ends[e - 1] : 0; r < ends[e]; ++r) out[token[r] * E + e] = values[r];
+}
+
 // The pairs among the `most` of least surprise of their token, in order: ties by place, what is not finite last.
 template <class A>
 void least(const A* surprise, const int64_t* token, const int64_t* ends, int64_t E, int64_t tokens, int64_t most,
