@@ -119,7 +119,7 @@ def _domain(model: Model, batches: Iterable[Batch], *, config: StepConfig) -> Do
         sums += count * torch.stack([loss, seen.accuracy, seen.tau]).double()
         if seen.carved:
             share = torch.stack([c.routing.active.float().mean() for c in seen.carved]).mean()
-            metrics = objective.sparse_metrics(loss, seen, surprise, share, config=config.integrity)
+            metrics = objective.sparse_metrics(loss, seen, surprise, share, config=config)
             rows.append((batch.tokens.numel(), metrics))
     means = sums / max(targets, 1)
     sparse = _sparse(rows, means[0], means[2], config=config.integrity) if rows else None

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 import onn.functional as F
 from onn import check, qwen3, tree
+from onn.architecture import Route
 from onn.data import Batch
 from onn.functional.kernels.entries import tap_dims
 from onn.functional.transform import Taps
@@ -272,7 +273,7 @@ class _LayerFigures(NamedTuple):
     non_finite: Tensor
 
 
-def _layer_figures(seen: Carved, surprise: Tensor) -> _LayerFigures:
+def _layer_figures(seen: Carved, surprise: Tensor, *, route: Route) -> _LayerFigures:
     active = seen.routing.active & (seen.routing.weights != 0)
     counted = active & torch.isfinite(surprise)
     total = torch.where(counted, surprise, 0)
@@ -282,16 +283,26 @@ def _layer_figures(seen: Carved, surprise: Tensor) -> _LayerFigures:
         counted=by_expert.sum(),
         active_share=active.float().mean(),
         gate=F.gate_accuracy(seen.routing.scores, surprise, active),
-        usage=F.usage(seen.routing),
+        usage=_usage(seen.routing, route),
         surprise_by_expert=total.sum(dim=0) / torch.where(by_expert > 0, by_expert, torch.nan),
         non_finite=F.non_finite(surprise, active),
     )
 
 
+def _usage(routing: F.Routing, route: Route) -> F.Usage:
+    """The best k have no threshold to pass: all that are active were routed."""
+    if route == "threshold":
+        return F.usage(routing)
+    counts = routing.active.sum(dim=0)
+    return F.Usage(routed=counts, active=counts)
+
+
 def sparse_metrics(
-    loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: IntegrityConfig, region: Region = inline
+    loss: Tensor, seen: Measured, surprise: Taps, share: Tensor, *, config: StepConfig, region: Region = inline
 ) -> SparseMetrics:
     """The figures of a carved model from one forward and backward pass."""
+    if config.sparse is None:
+        raise ValueError("sparse_metrics: config.sparse=None: no carved model.")
     check.require(
         len(seen.carved) == len(surprise) > 0 and all("surprise" in tap for tap in surprise),
         f"sparse_metrics: expected a tap 'surprise' for each of {len(seen.carved)} carved layers, one or more, got "
@@ -302,14 +313,14 @@ def sparse_metrics(
     for layer, tap in zip(seen.carved, surprise, strict=True):
         rows = (("weights", layer.routing.weights, "float T E"), ("tap surprise", tap["surprise"], "float T E"))
         check.shapes("sparse_metrics", *rows, ("active", layer.routing.active, "bool T E"))
-    of_layer = region(_layer_figures, kind="figures")
-    layers = [of_layer(layer, tap["surprise"]) for layer, tap in zip(seen.carved, surprise, strict=True)]
+    of_layer, route = region(_layer_figures, kind="figures"), config.sparse.moe.route
+    layers = [of_layer(layer, tap["surprise"], route=route) for layer, tap in zip(seen.carved, surprise, strict=True)]
     figures = _LayerFigures(*(_stacked(column) for column in zip(*layers, strict=True)))
-    mean = figures.total.sum() / figures.counted.sum().clamp_min(1)
+    mean, integrity = figures.total.sum() / figures.counted.sum().clamp_min(1), config.integrity
     return SparseMetrics(
         surprise=mean,
         pi=F.predictive_integrity(
-            loss, seen.tau, mean, alpha=config.alpha, gamma=config.gamma, tau_floor=config.tau_floor
+            loss, seen.tau, mean, alpha=integrity.alpha, gamma=integrity.gamma, tau_floor=integrity.tau_floor
         ),
         active_share=figures.active_share.mean(),
         target_share=share,

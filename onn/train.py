@@ -195,7 +195,7 @@ def step(
     if sparse is not None:
         surprise = scaled_surprise(of_mean, batch)
         share = target_share(state.step, config=sparse.density)
-        metrics = sparse_metrics(seen.error, seen, surprise, share, config=config.integrity, region=region)
+        metrics = sparse_metrics(seen.error, seen, surprise, share, config=config, region=region)
         grads = _sparse_gradients(state.model, grads, seen.carved, surprise, metrics.pi, config=sparse, region=region)
     norms = entry_norms(grads)
     norm = optim.global_norm(norms)

@@ -126,7 +126,7 @@ def aim(t: Tensors) -> Tree:
 def figures(t: Tensors) -> Tree:
     nothing = torch.zeros(())
     seen = Measured(error=nothing, divergence=(), tau=t["tau"], accuracy=nothing, carved=(carved(t),))
-    return objective.sparse_metrics(t["loss"], seen, ({"surprise": t["tap"]},), t["share"], config=SETTINGS.integrity)
+    return objective.sparse_metrics(t["loss"], seen, ({"surprise": t["tap"]},), t["share"], config=SETTINGS)
 
 
 def scaled(t: Tensors) -> Tree:

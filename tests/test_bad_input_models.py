@@ -183,11 +183,13 @@ def test_figures_need_a_surprise_for_each_layer() -> None:
     share = torch.tensor(0.5)
 
     def figures(taps: Taps) -> object:
-        return objective.sparse_metrics(seen[0], seen[1], taps, share, config=SETTINGS.integrity)
+        return objective.sparse_metrics(seen[0], seen[1], taps, share, config=SETTINGS)
 
     refused(lambda: figures(seen[2][:1]), "sparse_metrics", "each of 2 carved layers")
     refused(lambda: figures(()), "sparse_metrics", "'surprise'")
     refused(lambda: figures(({}, {})), "sparse_metrics", "'surprise'")
+    dense = replace(SETTINGS, sparse=None)
+    refused(lambda: objective.sparse_metrics(*seen[:2], seen[2], share, config=dense), "sparse_metrics", "sparse=None")
     refused(lambda: objective.zero_taps(STATE.model, -1, names=("surprise",)), "zero_taps", "tokens=-1")
     refused(lambda: objective.soft_targets((), TEXT, config=taught()), "soft_targets", "distill.weight=0.5")
 

@@ -275,7 +275,7 @@ def test_a_batch_in_which_no_target_counts_has_no_loss_and_no_surprise_and_integ
     loss, seen, surprise = objective.measure(state.model, idle, config=SETTINGS)
     assert float(loss) == float(seen.tau) == float(seen.accuracy) == 0
     assert not any(tap["surprise"].any() for tap in surprise)
-    figures = objective.sparse_metrics(loss, seen, surprise, torch.ones(()), config=SETTINGS.integrity)
+    figures = objective.sparse_metrics(loss, seen, surprise, torch.ones(()), config=SETTINGS)
     assert float(figures.pi) == 1
     assert bool(tree.all_finite(differentiated(state.model, idle).grads))
 

@@ -253,7 +253,7 @@ def test_measuring_gives_the_figures_of_the_step() -> None:
     loss, seen, surprise = objective.measure(state.model, data, config=SETTINGS)
     _, metrics = train.step(state, data, (), SETTINGS)
     assert_same((loss, seen.tau, seen.accuracy), (metrics.loss, metrics.tau, metrics.accuracy))
-    figures = objective.sparse_metrics(loss, seen, surprise, torch.ones(()), config=SETTINGS.integrity)
+    figures = objective.sparse_metrics(loss, seen, surprise, torch.ones(()), config=SETTINGS)
     assert_same(figures, sparse(metrics))
 
 
@@ -303,6 +303,17 @@ def test_usage_and_lifetime_add_up_over_steps() -> None:
         assert torch.equal(state.lifetime[index], total)
 
 
+def test_under_top_k_all_active_pairs_count_as_routed_whatever_the_sign_of_their_logits() -> None:
+    settings = replace(SETTINGS, sparse=replace(SPARSE, moe=replace(SPARSE.moe, route="top_k", top_k=3)))
+    state, data = carved_state(), batch(0)
+    loss, seen, surprise = objective.measure(state.model, data, config=settings)
+    chosen = torch.stack([layer.routing.scores[layer.routing.active] for layer in seen.carved])
+    assert 0 < int((chosen > 0).sum()) < chosen.numel()
+    usage = objective.sparse_metrics(loss, seen, surprise, torch.ones(()), config=settings).usage
+    assert torch.equal(usage.routed, usage.active)
+    assert int(usage.active.sum()) == chosen.numel()
+
+
 def test_the_target_share_goes_down_in_a_line() -> None:
     shares: list[Tensor] = [
         objective.target_share(torch.tensor(at), config=DensityConfig(target=0.2, ramp_steps=4, gain=1.0))
@@ -319,7 +330,7 @@ def test_one_infinite_surprise_spoils_neither_the_figures_nor_the_lesson_of_the_
     poisoned = tuple(
         {"surprise": tap["surprise"].clone().index_fill_(0, torch.tensor([0]), torch.inf)} for tap in surprise
     )
-    figures = objective.sparse_metrics(loss, seen, poisoned, torch.ones(()), config=SETTINGS.integrity)
+    figures = objective.sparse_metrics(loss, seen, poisoned, torch.ones(()), config=SETTINGS)
     assert int(figures.non_finite) == 20
     kept = torch.stack([tap["surprise"][1:] for tap in surprise])
     assert_close(figures.surprise, kept.mean(), bound=tolerance(torch.float64, terms=500))
