@@ -242,6 +242,7 @@ SPECS: dict[str, Spec] = {
     "whiten_inputs": Spec(
         lambda t, n: F.whiten_inputs(experts(t), t["x"], damping=n["damping"]), {**BANK, **X}, THREE, {"damping": 1.0}
     ),
+    "whitening": Spec(lambda t, n: F.whitening(t["x"], damping=n["damping"]), X, ("H H",), {"damping": 1.0}),
     "z_loss": Spec(lambda t, n: F.z_loss(t["logits"]), LOGITS, ("",)),
 }
 BANKS = ("bank", "bank_forward", "bank_local", "bank_vjp", "segment_outer", "surprise_and_grad", "zero_taps")

@@ -192,6 +192,7 @@ LAWS: dict[str, Law] = {
     "usage": Law(lambda m: F.usage(m.routing)),
     "weight_surprise": Law(lambda m: F.weight_surprise(m.surprise, m.weights), ("",)),
     "whiten_inputs": Law(lambda m: F.whiten_inputs(m.experts, m.x, damping=1.0)),
+    "whitening": Law(lambda m: F.whitening(m.x, damping=1.0), ("",)),
     "z_loss": Law(lambda m: F.z_loss(m.logits), ("",)),
     "zero_taps": Law(lambda m: F.zero_taps(get_args(F.TapName), tokens=T, experts=m.experts), ("",)),
 }

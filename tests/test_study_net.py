@@ -144,7 +144,7 @@ def test_the_router_learns_from_its_lesson_as_autograd_would_teach_it(seed: int)
 @pytest.mark.parametrize("centre", [None, *Centre])
 @BOTH
 @given(seed=SEEDS)
-def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_and_nothing_else_changes(
+def test_experts_and_features_learn_from_centred_and_whitened_inputs_and_nothing_else_changes(
     of_text: bool, centre: Centre | None, whitened: bool, seed: int
 ) -> None:
     model, batch = net(seed, of_text=of_text), examples(seed + 10, of_text=of_text)
@@ -159,11 +159,21 @@ def test_experts_learn_from_centred_and_whitened_inputs_as_the_library_has_it_an
         Centre.EXPERT: F.expert_means(x, weights),
     }
     expected = F.centre_inputs(plain.grads.experts, F.bias_gradients(local, weights), taken[centre])
+    features = plain.grads.features
     if whitened:
         expected = F.whiten_inputs(expected, x, damping=1.0)
+    if whitened and not of_text:
+        centred = batch.inputs - batch.inputs.mean(dim=0)
+        columns = [
+            one.features @ read / read.square().sum()
+            for one, read in zip(token_gradients(model, batch), batch.inputs, strict=True)
+        ]
+        features = torch.stack(columns, dim=1) @ centred / T @ F.whitening(centred, damping=1.0)
     assert_close(got.grads.experts, expected, bound=BOUND)
+    assert_close(got.grads.features, features, bound=BOUND)
     assert_close(got.shares, F.matrix_shares(F.matrix_surprise(local, x, weights, d_y)), bound=BOUND)
-    assert_close(but_the_experts(got.grads), but_the_experts(plain.grads), bound=BOUND)
+    rest = [(one.grads.prototypes, one.grads.readout) for one in (got, plain)]
+    assert_close(*rest, bound=BOUND)
     assert_close((got.rows, got.surprise), (plain.rows, plain.surprise), bound=BOUND)
 
 

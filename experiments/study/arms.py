@@ -99,7 +99,9 @@ class Arm:
     momentum: float = 0.0
     centre: Centre = Centre.NOTHING
     whitened: bool = False
-    """The batch's inputs are damped along the directions that they share, before gate and up learn from them."""
+    """The batch's inputs are damped along the directions that they share, before gate and up learn from them, and
+    features, where these learn.
+    """
     split: bool = False
     """An expert's or neuron's importance is divided among gate, up and down as the batch's squared gradients are."""
     penalty: Penalty = "none"
@@ -209,7 +211,7 @@ def _consolidations() -> dict[str, Arm]:
             optimizers=("own",),
         ),
         "whitened-neuron": Arm(
-            note="self-centred-neuron, the experts' inputs whitened",
+            note="self-centred-neuron, the inputs whitened of experts and of features that learn",
             root=0.5,
             centre=Centre.EXPERT,
             whitened=True,

@@ -179,7 +179,8 @@ def learn(
             `None` costs less than `Centre.NOTHING`.
         by_weight: whether the squares by weight are wanted, which cost one product more for each matrix.
         features: whether the gradient of the features is wanted; zeros otherwise.
-        whitened: whether the experts' gate and up projections learn from inputs by `F.whiten_inputs`.
+        whitened: whether the experts' gate and up projections learn from inputs by `F.whiten_inputs`, and features,
+            where they learn, from inputs less their mean by `F.whitening`.
     """
     tokens, residual = batch.labels.shape[0], batch.residual
     seen = forward(net, batch.inputs, residual, activate)
@@ -203,7 +204,7 @@ def learn(
     if features:
         w1, w3, _ = (part * seen.weights[..., None] for part in local)
         d_before = _through_norm(seen.before, seen.x, d_x + input_gradient(net.experts, w1, w3))
-        d_features = d_before.mT @ pixels
+        d_features = _whitened(d_before, pixels) if whitened else d_before.mT @ pixels
     experts = expert_gradient(d1, d3, a, seen.x, d_mixed)
     if centre is not None:
         experts = F.centre_inputs(experts, F.bias_gradients(local, kept), _centre(seen, centre))
@@ -240,6 +241,11 @@ def learn(
         squares=tree.map1(lambda g: g * scale**2, squares) if isinstance(squares, Net) else (),
         seen=seen,
     )
+
+
+def _whitened(d: Tensor, source: Tensor) -> Tensor:
+    centred = source - source.mean(dim=0)
+    return d.mT @ centred @ F.whitening(centred, damping=DAMPING)
 
 
 def _centre(seen: Seen, centre: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Needs(NamedTuple):
     centred: bool
     """What is taken off the inputs that experts learn from."""
     whitened: bool
-    """The experts' gradient with their inputs whitened: of all lanes at once."""
+    """The gradients of experts and features with their inputs whitened: of all lanes at once."""
 
 
 class Lane(NamedTuple):

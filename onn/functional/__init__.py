@@ -15,6 +15,9 @@ from onn.functional.consolidation import (
 from onn.functional.consolidation import (
     whiten_inputs as whiten_inputs,
 )
+from onn.functional.consolidation import (
+    whitening as whitening,
+)
 from onn.functional.experts import (
     Backend as Backend,
 )

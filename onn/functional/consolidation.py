@@ -108,30 +108,46 @@ def centre_inputs(grads: Experts, biases: Tensor, centre: Tensor) -> Experts:
     return Experts(gate, up, grads.down)
 
 
-def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
-    """The gradients of gate and up, smaller along directions of the input that the whole batch shares.
+def whitening(x: Tensor, *, damping: float) -> Tensor:
+    """What a gradient by input is multiplied with, to be smaller along directions that all inputs share.
 
-    Along a direction in which the batch has the second moment c, over the mean of all directions, they are divided by
-    `(c + damping) / (1 + damping)`: as they are where the inputs are white.
+    Along a direction in which the inputs have the second moment c, over the mean of all directions, it divides by
+    `(c + damping) / (1 + damping)`: it is the identity where the inputs are white.
 
     Args:
-        grads: [E, I, H] each.
-        x: [T, H], the inputs of the batch.
+        x: [T, H], the inputs of the batch. Their mean is such a direction, and where it is long it hides the others:
+            take it off before, from the gradient too (`centre_inputs`).
         damping: above 0; the larger, the less is changed.
 
     Returns:
-        The gradients, in their dtype; that of down is the one given. Costs H^3 and no state. NaN where `damping` is so
-        small that rounding leaves no second moment to divide by.
+        [H, H], symmetric, float32 (float64 for float64 inputs). Costs H^3 and no state. NaN where `damping` is so small
+        that rounding leaves no second moment to divide by.
 
     References:
         The input's factor of K-FAC (Martens and Grosse, 1503.05671), damped, of one batch.
     """
-    check.shapes("whiten_inputs", *bank_parts(grads, where="whiten_inputs", name="grads"), ("x", x, "float T H"))
-    check.positive("whiten_inputs", "damping", damping)
+    check.shapes("whitening", ("x", x, "float T H"))
+    check.positive("whitening", "damping", damping)
     dtype = reduction_dtype(x.dtype)
     inputs, size = x.to(dtype), x.shape[-1]
     moment = inputs.mT @ inputs / (inputs.square().sum() / size).clamp_min(torch.finfo(dtype).tiny)
     factor, failed = torch.linalg.cholesky_ex(moment + damping * torch.eye(size, dtype=dtype, device=x.device))
-    inverse = torch.where(failed == 0, (1 + damping) * torch.cholesky_inverse(factor), torch.nan)
-    gate, up = ((g.to(dtype) @ inverse).to(g.dtype) for g in (grads.gate, grads.up))
+    return torch.where(failed == 0, (1 + damping) * torch.cholesky_inverse(factor), torch.nan)
+
+
+def whiten_inputs(grads: Experts, x: Tensor, *, damping: float) -> Experts:
+    """The gradients of gate and up, smaller along directions of the input that the whole batch shares.
+
+    Args:
+        grads: [E, I, H] each.
+        x: [T, H], the inputs of the batch.
+        damping: of `whitening`.
+
+    Returns:
+        The gradients times `whitening`, in their dtype; that of down is the one given.
+    """
+    check.shapes("whiten_inputs", *bank_parts(grads, where="whiten_inputs", name="grads"), ("x", x, "float T H"))
+    check.positive("whiten_inputs", "damping", damping)
+    inverse = whitening(x, damping=damping)
+    gate, up = ((g.to(inverse.dtype) @ inverse).to(g.dtype) for g in (grads.gate, grads.up))
     return Experts(gate, up, grads.down)
