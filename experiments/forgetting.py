@@ -1,7 +1,7 @@
 """Do surprise and its uses make experts specialise, or forget less? Every claim beside the figure that would refute it.
 
 `uv run experiments/forgetting.py [--family digits-permuted digits-rotated text] [--seeds 20] [--out DIR]`: the two
-families of digits, half an hour or a little more on two CPU cores. Every arm of `experiments/study/arms.py` under every
+families of digits, 26 to 34 minutes on two CPU cores. Every arm of `experiments/study/arms.py` under every
 optimizer: rates and strengths are tuned on three seeds of their own, then twenty paired seeds are run, then SMK and its
 controls along the whole grid of rates and every other arm of a claim next to its own: a verdict on accuracy counts only
 where the rates that the other seeds choose bear it out. A study that was stopped goes on in its folder. `--regime

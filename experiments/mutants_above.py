@@ -219,6 +219,13 @@ ABOVE: Mapping[str, Mutation] = MappingProxyType(
             "for other, value in table[rate].items())",
             ("study_rechosen",),
         ),
+        "features_whitened_with_their_mean": Mutation(
+            "the features' inputs whitened by a moment that is mostly their mean",
+            "experiments/study/net.py",
+            "source - source.mean(dim=0)",
+            "source",
+            ("study_net",),
+        ),
         "tuning_on_the_text_of_the_test": Mutation(
             "rates chosen on the windows that the test is made of",
             "experiments/study/text.py",

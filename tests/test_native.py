@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import onn.functional as F
+from experiments.bench_cases import BankCase, bank_step, random_bank
+from experiments.measure import peak_bytes
 from onn import tree
 from onn.functional.kernels import native
 from onn.functional.kernels.tilings import NATIVE, Tiling
@@ -301,3 +303,16 @@ def test_nothing_is_gathered() -> None:
     pairs = int((case.weights != 0).sum())
     recorded = record(lambda: differentiate(case, min_k=2, taps=TAPS, backend="native"))
     assert 0 < recorded.largest < pairs * 64
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["func", "autograd"])
+@pytest.mark.parametrize("min_k", [2, 16])
+def test_surprise_peaks_no_higher_than_a_pass_without_it(min_k: int, engine: tree.Engine, dtype: torch.dtype) -> None:
+    bank = random_bank(BankCase(T=128, H=64, E=16, I=32, k=8), dtype, seed=0)
+
+    def peak(names: tuple[F.TapName, ...]) -> int:
+        return peak_bytes(bank_step(bank, names=names, min_k=min_k, backend="native", engine=engine, eager=True))
+
+    assert 0 < peak(("surprise",)) <= peak(())
