@@ -100,7 +100,7 @@ class Arm:
     centre: Centre = Centre.NOTHING
     whitened: bool = False
     """The batch's inputs are damped along the directions that they share, before gate and up learn from them, and
-    features, where these learn.
+    features, where these learn: from inputs less their mean.
     """
     split: bool = False
     """An expert's or neuron's importance is divided among gate, up and down as the batch's squared gradients are."""

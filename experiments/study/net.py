@@ -244,6 +244,7 @@ def learn(
 
 
 def _whitened(d: Tensor, source: Tensor) -> Tensor:
+    """The gradient of a matrix that had read `source` less its mean, whitened."""
     centred = source - source.mean(dim=0)
     return d.mT @ centred @ F.whitening(centred, damping=DAMPING)
 
