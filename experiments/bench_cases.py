@@ -19,8 +19,8 @@ from experiments import noise
 from experiments.compiling import compiled
 from experiments.measure import Run
 from onn import tree
-from onn.functional.experts import Backend
 from onn.functional.kernels import native
+from onn.functional.kernels.backends import Backend
 from onn.recompute import recomputed
 
 Suite = Literal["experts", "surprise", "smk", "memory", "scaling", "step"]
@@ -168,13 +168,17 @@ def stacked_step(
     return lambda: run((bank.experts, bank.x, bank.weights), bank.dy)
 
 
-def bank_layer(bank: Bank, *, backend: Backend, eager: bool) -> Callable[[], Gradients]:
-    """The bank as a layer of somebody's model, the way the peers are called: compiled forward, then `autograd.grad`."""
+def bank_layer(bank: Bank, *, k: int, backend: Backend, eager: bool) -> Callable[[], Gradients]:
+    """The bank as a layer of somebody's model, the way the peers are called: compiled forward, then `autograd.grad`.
+
+    As they, it knows how many experts a token has.
+    """
+    known = F.Bounded(backend, k) if backend == "auto" or backend == "grouped" else backend
     gate, up, down, x, weights = (leaf(value) for value in (*bank.experts, bank.x, bank.weights))
     everything = bank.weights.shape[1]
 
     def forward(x: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.bank(F.Experts(gate, up, down), x, weights, {}, min_k=everything, backend=backend)
+        return F.bank(F.Experts(gate, up, down), x, weights, {}, min_k=everything, backend=known)
 
     layer = forward if eager else compiled(forward)
     return lambda: differentiated(layer(x, weights, gate, up, down), [x, weights, gate, up, down], bank.dy)

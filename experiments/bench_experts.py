@@ -57,9 +57,9 @@ def case_rows(case: BankCase, dtype: torch.dtype, *, options: Options) -> list[R
             skipped[f"{name}, compiled"] = f"skipped: computes {case.E / case.k:.0f} times the active rows"
             continue
         if backend in (asked, "dense"):
-            ours[f"{name}, compiled"] = bank_layer(bank, backend=backend, eager=False)
+            ours[f"{name}, compiled"] = bank_layer(bank, k=case.k, backend=backend, eager=False)
         if backend == asked or backend != "dense":
-            ours[name] = bank_layer(bank, backend=backend, eager=True)
+            ours[name] = bank_layer(bank, k=case.k, backend=backend, eager=True)
     runs, failed = working(theirs | ours)
     found = measured({FLOOR: floor(bank, k=case.k)} | runs, repeats=options.rounds, budget=options.budget, warm_up=1)
     common = {"suite": "experts", "case": str(case)}

@@ -27,7 +27,7 @@ from experiments.bench_norms import library_norms, per_token_norms, plain_module
 from experiments.compiling import compiled
 from experiments.measure import Row, Run, compare, measured, missing, row, working
 from experiments.progress import progress
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend
 from onn.tree import Engine
 
 SMALL = BankCase(T=512, H=256, E=32, I=32, k=8)

@@ -22,6 +22,7 @@ _SURPRISE, _EXPERTS, _ROUTING = ("onn/functional/" + name for name in ("surprise
 _NATIVE, _NATIVE_ACTIVATIONS, _NATIVE_PAIRS = (
     "onn/functional/kernels/" + name for name in ("native.cpp", "activations.h", "pairs.h")
 )
+_GROUPED = "onn/functional/kernels/grouped.py"
 _LOSSES, _INTEGRITY, _LIFECYCLE = ("onn/functional/" + name for name in ("losses.py", "integrity.py", "lifecycle.py"))
 
 FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
@@ -151,6 +152,27 @@ FUNCTIONAL: Mapping[str, Mutation] = MappingProxyType(
             "filled, min_k=min(min_k, columns.shape[1]))[place]",
             "filled, min_k=columns.shape[1])[place]",
             ("numerics",),
+        ),
+        "rows_of_nobody": Mutation(
+            "rows that nobody owns are multiplied by 0, whatever they hold",
+            _GROUPED,
+            "torch.where(self.weight != 0, rows * self.weight, 0)",
+            "rows * self.weight",
+            ("bounded",),
+        ),
+        "silent_without_room": Mutation(
+            "active pairs for which there is no room are dropped in silence",
+            _GROUPED,
+            "torch.where(rows.fits, sum_by_token(sent, rows.places), torch.nan)",
+            "sum_by_token(sent, rows.places)",
+            ("bounded",),
+        ),
+        "room_of_experts": Mutation(
+            "the rows of a token counted over the tokens of an expert",
+            _GROUPED,
+            "torch.where(active, active.cumsum(dim=1) - 1, per_token)",
+            "torch.where(active, active.cumsum(dim=0) - 1, per_token)",
+            ("bounded",),
         ),
         "native_tail_dropped": Mutation(
             "a dot product of native code without the numbers that fill no vector",

@@ -12,6 +12,7 @@ from transformers import Qwen3Config as TransformersConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from onn import check
+from onn.functional.kernels.backends import Bounded
 from onn.functional.routing import Combine, Squash
 from onn.tiling import backend_of
 
@@ -105,8 +106,9 @@ class MoeConfig:
     min_k: int
     """SMK: how many of a token's active experts learn from it; `num_experts` keeps all."""
     backend: str
-    """How the bank is computed: `auto`, `dense`, `grouped`, `loop`, `native`, or a measured tiling as
-    `loop:ENTRIES:SHARE` or `native:SHARE`.
+    """How the bank is computed: `auto`, `dense`, `grouped`, `loop`, `native`, a measured tiling as
+    `loop:ENTRIES:SHARE` or `native:SHARE`, or `grouped:EXPERTS` or `auto:EXPERTS` with the most that a token has.
+    Under `top_k` that is known.
     """
 
     def __post_init__(self) -> None:
@@ -118,7 +120,9 @@ class MoeConfig:
             check.one_of("MoeConfig", name, getattr(self, name), get_args(known))
         check.instance("MoeConfig", "normalise", self.normalise, bool)
         check.positive("MoeConfig", "cosine_eps", self.cosine_eps)
-        backend_of(self.backend)
+        if isinstance(backend := backend_of(self.backend), Bounded):
+            least = self.top_k if self.route == "top_k" else 1
+            check.whole("MoeConfig", f"backend={self.backend!r}: experts", backend.per_token, least, self.num_experts)
 
 
 def transformers_config(config: Qwen3Config) -> TransformersConfig:

@@ -28,6 +28,7 @@ from onn.architecture import Qwen3Config as Qwen3Config
 from onn.architecture import Route as Route
 from onn.architecture import transformers_config as transformers_config
 from onn.functional.experts import bank
+from onn.functional.kernels.backends import bounded
 from onn.functional.routing import cosine_affinity, threshold_route, top_k_route
 from onn.functional.types import Experts, Router, Routing
 from onn.region import Region, inline
@@ -269,7 +270,9 @@ def route(router: Router, x: Tensor, *, config: MoeConfig) -> tuple[Tensor, Rout
 def moe_forward(moe: Moe, x: Tensor, taps: Mapping[str, Tensor], *, config: MoeConfig) -> tuple[Tensor, Carved]:
     """Route and compute the tokens `x` [T, H]; `taps` names what the backward pass shall measure (`zero_taps`)."""
     affinity, routing = route(moe.router, x, config=config)
-    y = bank(moe.experts, x, routing.weights.to(x.dtype), taps, min_k=config.min_k, backend=backend_of(config.backend))
+    backend = backend_of(config.backend)
+    known = bounded(backend, per_token=config.top_k) if config.route == "top_k" else backend
+    y = bank(moe.experts, x, routing.weights.to(x.dtype), taps, min_k=config.min_k, backend=known)
     return y, Carved(x=x, affinity=affinity, routing=routing)
 
 

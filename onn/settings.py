@@ -8,7 +8,6 @@ from typing import Literal, get_args
 
 from onn import check, tree
 from onn.architecture import MoeConfig, Qwen3Config
-from onn.tiling import backend_of
 
 Granularity = Literal["token", "batch", "off"]
 ExpertOptimizer = Literal["adamw", "consolidation"]
@@ -176,7 +175,7 @@ class MoeTraining:
         check.one_of("MoeTraining", "optimizer", self.optimizer, get_args(ExpertOptimizer))
         check.one_of("MoeTraining", "regime", self.regime, get_args(Regime))
         check.require(
-            self.router.target != "counterfactual" or backend_of(self.moe.backend) in ("auto", "dense"),
+            self.router.target != "counterfactual" or self.moe.backend.partition(":")[0] in ("auto", "dense"),
             f"MoeTraining: router.target='counterfactual' needs every expert computed: expected moe.backend='dense' or "
             f"'auto', got {self.moe.backend!r}.",
         )

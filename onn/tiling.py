@@ -1,4 +1,4 @@
-"""How a bank is computed, as a text for configurations: a backend's name, or `loop` or `native` with numbers."""
+"""How a bank is computed, as a text for configurations: a backend's name, alone or with numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import get_args
 
 from onn import check
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend, Bounded, Groupable
 from onn.functional.kernels.tilings import NATIVE, Tiling
 
 
@@ -24,17 +24,25 @@ def tiling_name(tiling: Tiling) -> str:
     return f"native:{share}" if tiling.entries == NATIVE else f"loop:{tiling.entries}:{share}"
 
 
-def backend_of(name: str) -> Backend | Tiling:
-    """What `onn.functional.bank` takes as its `backend`, from a backend's name or that of a tiling.
+def backend_of(name: str) -> Backend | Tiling | Bounded:
+    """What `onn.functional.bank` takes as its `backend`.
+
+    Args:
+        name: a backend's, that of a tiling (`tiling_name`), or `grouped` or `auto` with a bound of the experts of a
+            token, as in `grouped:8`.
 
     Raises:
-        ValueError: neither, or not written as `tiling_name` writes it.
+        ValueError: none of these, or a tiling that is not written as `tiling_name` writes it.
     """
     check.require(isinstance(name, str), f"MoeConfig: expected backend={check.shown(name)} as a text, such as 'auto'.")
     backend: Backend
     for backend in get_args(Backend):
         if backend == name:
             return backend
+    known: Groupable
+    for known in get_args(Groupable):
+        if name.startswith(f"{known}:"):
+            return Bounded(known, _bound(name))
     if not name.startswith(("loop:", "native:")):
         check.one_of("MoeConfig", "backend", name, get_args(Backend))
     tiling = _tiling(name)
@@ -44,6 +52,15 @@ def backend_of(name: str) -> Backend | Tiling:
             "'loop:1048576:0.55' or 'native:0.85'."
         )
     return tiling
+
+
+def _bound(name: str) -> int:
+    kind, bound = name.split(":", maxsplit=1)
+    check.require(
+        bound.isascii() and bound.isdecimal() and bound[0] != "0" and len(bound) <= 10,
+        f"MoeConfig: expected backend={check.shown(name)} as {kind}:EXPERTS, such as '{kind}:8'.",
+    )
+    return int(bound)
 
 
 def _tiling(name: str) -> Tiling | None:

@@ -18,7 +18,7 @@ from torch.nn.functional import silu
 
 import onn.functional as F
 from onn import tree
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend
 from tests.support import Case, inputs_of
 
 BACKENDS: list[Backend] = [name for name in get_args(Backend) if name != "auto"]

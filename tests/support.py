@@ -9,7 +9,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import pytest
 import torch
@@ -90,22 +90,23 @@ def make_case(
     )
 
 
+Chosen: TypeAlias = "F.Backend | F.Tiling | F.Bounded"
 _NO_NATIVE = native.why_not(torch.float64, device="cpu")
 needs_native = pytest.mark.skipif(bool(_NO_NATIVE), reason=f"no native code: {_NO_NATIVE}")
 
 
-def _is_native(backend: F.Backend | F.Tiling) -> bool:
+def _is_native(backend: Chosen) -> bool:
     return backend.entries == NATIVE if isinstance(backend, F.Tiling) else backend == "native"
 
 
-def each_backend(*backends: F.Backend | F.Tiling) -> pytest.MarkDecorator:
+def each_backend(*backends: Chosen) -> pytest.MarkDecorator:
     """Parameters; native ones are skipped where there is no native code."""
     return pytest.mark.parametrize(
         "backend", [pytest.param(one, marks=needs_native if _is_native(one) else ()) for one in backends], ids=str
     )
 
 
-def there_are(*backends: F.Backend | F.Tiling) -> list[F.Backend | F.Tiling]:
+def there_are(*backends: Chosen) -> list[Chosen]:
     """Those of these backends that run here."""
     return [one for one in backends if not (_NO_NATIVE and _is_native(one))]
 
@@ -149,9 +150,7 @@ def inputs_of(case: Case, taps: tuple[F.TapName, ...] = ()) -> Inputs:
     return Inputs(experts=case.experts, x=case.x, weights=case.weights, taps=zeros)
 
 
-def project(
-    inputs: Inputs, dy: Tensor, *, min_k: int, backend: F.Backend | F.Tiling = "dense"
-) -> tuple[Tensor, Tensor]:
+def project(inputs: Inputs, dy: Tensor, *, min_k: int, backend: Chosen = "dense") -> tuple[Tensor, Tensor]:
     """A scalar whose gradient with respect to the bank's output is `dy`, and that output."""
     y = F.bank(inputs.experts, inputs.x, inputs.weights, inputs.taps, min_k=min_k, backend=backend)
     return (y * dy).sum(), y
@@ -163,7 +162,7 @@ def differentiate(
     min_k: int,
     taps: tuple[F.TapName, ...] = (),
     engine: Engine = "autograd",
-    backend: F.Backend | F.Tiling = "dense",
+    backend: Chosen = "dense",
 ) -> Inputs:
     """The gradient that `bank` gives to everything, when its output has the gradient `case.dy`."""
     return value_and_grad(project, engine=engine)(inputs_of(case, taps), case.dy, min_k=min_k, backend=backend)[1]

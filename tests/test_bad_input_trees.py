@@ -17,6 +17,7 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import recompute, region, tree
+from onn.functional.kernels.backends import Groupable
 from onn.region import Kind, inline
 from onn.tree import Engine, Flat, Tree
 from tests.bad_calls import Anything, Refusal, assert_all_tried, refused, wrong_kinds
@@ -315,6 +316,13 @@ FUNCTIONAL: dict[str, Refusal] = {
     **{
         f"bank, {tiling}": Refusal(partial(banked, backend=tiling), ("bank", "backend"))
         for tiling in (F.Tiling(-2, 0.5), F.Tiling(cast("int", 0.5), 0.5), F.Tiling(1, -0.5), F.Tiling(1, torch.nan))
+    },
+    **{
+        f"bank, {known}": Refusal(partial(banked, backend=known), ("bank", "backend."))
+        for known in (
+            *(F.Bounded("grouped", bound) for bound in (0, -1, 99, cast("int", 1.0))),
+            F.Bounded(cast("Groupable", "loop"), 1),
+        )
     },
     **{
         f"bank_vjp, {name}": Refusal(partial(selected, lambda s, a, keep=keep: keep), ("bank_vjp", "select", words))

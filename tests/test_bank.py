@@ -18,7 +18,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 import onn.functional as F
 from onn import tree
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend
 from tests.support import (
     BOUND,
     Case,

@@ -16,7 +16,7 @@ from experiments.bench_cases import BankCase, Options
 from experiments.bench_goals import numbers
 from experiments.measure import Row
 from onn import observe
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend
 from onn.tree import Engine, Tree, leaves
 from tests.support import assert_close, each_backend, least_pairs, tolerance
 
@@ -122,7 +122,7 @@ def test_the_variants_compute_the_same(backend: Backend, engine: Engine) -> None
     y, residuals = F.bank_forward(bank.experts, bank.x, bank.weights)
     expected = F.bank_vjp(bank.experts, bank.x, bank.weights, residuals, bank.dy, select=None).surprise
     assert_close(surprise, expected, bound=BOUND)
-    layer = bench_cases.bank_layer(bank, backend=backend, eager=False)()
+    layer = bench_cases.bank_layer(bank, k=CASE.k, backend=backend, eager=False)()
     assert_close((layer.y, layer.grads[0], *layer.grads[2:]), (y, x, gate, up, down), bound=BOUND)
 
 

@@ -85,7 +85,7 @@ def test_the_floor_has_the_flops_of_the_rows_that_are_active(case: BankCase) -> 
 def test_a_dense_bank_has_the_flops_of_its_floor_where_all_experts_are_active() -> None:
     case = replace(CASE, k=CASE.E)
     bank = random_bank(case, torch.float32, seed=0)
-    assert flops(bank_layer(bank, backend="dense", eager=True)) == flops(bench_peers.floor(bank, k=case.k))
+    assert flops(bank_layer(bank, k=case.k, backend="dense", eager=True)) == flops(bench_peers.floor(bank, k=case.k))
 
 
 def on_meta(case: BankCase) -> Bank:

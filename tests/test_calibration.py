@@ -20,6 +20,7 @@ from experiments.presets import TINY, RunConfig, bank_sizes, tiled
 from onn import calibration
 from onn.calibration import DENSITIES, ENTRIES, NEVER, Sizes, calibrate, calibrated, kept
 from onn.functional.kernels import native
+from onn.functional.kernels.backends import Groupable
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.native_bank import pairs_of
 from onn.functional.kernels.parts import Whole, active_pairs
@@ -150,7 +151,23 @@ def test_what_no_tiling_is_called_is_refused(name: str) -> None:
         replace(MOE, backend=name)
 
 
-@pytest.mark.parametrize("name", ["", "dens", "Loop:3:0.5", "grouped:3:0.5", "natives:0.5"])
+@pytest.mark.parametrize("known", ["auto", "grouped"])
+def test_a_bound_is_written_after_its_backend_and_fits_the_route(known: Groupable) -> None:
+    threshold, top_k = (replace(MOE, route=route, top_k=3) for route in ("threshold", "top_k"))
+    for config, fitting in ((threshold, (1, MOE.num_experts)), (top_k, (3, MOE.num_experts))):
+        for bound in fitting:
+            assert backend_of(replace(config, backend=f"{known}:{bound}").backend) == F.Bounded(known, bound)
+    for config, wrong in ((threshold, MOE.num_experts + 1), (top_k, 2)):
+        with pytest.raises(
+            ValueError, match=rf"^MoeConfig: expected . <= backend='{known}:{wrong}': experts={wrong} <= "
+        ):
+            replace(config, backend=f"{known}:{wrong}")
+    for text in ("", "0", "-1", "3:0.5", "3.0", " 3", "1_0", "٣", "9" * 5000):
+        with pytest.raises(ValueError, match=rf"^MoeConfig: expected backend='{known}:.* as {known}:EXPERTS, such as"):
+            replace(MOE, backend=f"{known}:{text}")
+
+
+@pytest.mark.parametrize("name", ["", "dens", "Loop:3:0.5", "groupe:3", "natives:0.5", "dense:3"])
 def test_an_unknown_backend_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"^MoeConfig: unknown backend={name!r}"):
         replace(MOE, backend=name)

@@ -17,6 +17,7 @@ from torch.nn.functional import silu
 from transformers import MixtralConfig, PreTrainedModel, Qwen3MoeForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import onn.functional as F
 from onn.hub.experts import IMPLEMENTATION, StockExperts, dense_weights, experts_of, is_stock
 from tests.hub_models import PLAIN, B, random_batch, random_model
 from tests.support import BOUND, assert_close, assert_same, normal, relative_error, tolerance
@@ -135,6 +136,23 @@ def test_a_layer_and_all_its_gradients_are_those_of_a_loop_and_of_eager(choice: 
         expected = differentiated(oracle, choice)
         assert_close(got[:-1], expected[:-1], bound=BOUND)
         assert_close(torch.where(known, got[-1], 0), torch.where(known, expected[-1], 0), bound=BOUND)
+
+
+@given(choices())
+def test_the_most_experts_that_a_token_has_are_known(choice: Choice) -> None:
+    """With room for no more, grouped products have room for every choice."""
+
+    stock = F.bank
+
+    def grouped(
+        experts: F.Experts, x: Tensor, weights: Tensor, tap: dict[str, Tensor], *, backend: F.Bounded, min_k: int
+    ) -> Tensor:
+        return stock(experts, x, weights, tap, min_k=min_k, backend=F.Bounded("grouped", backend.per_token))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(F, "bank", grouped)
+        got = differentiated(through(module_of(choice)), choice)
+    assert_close(got[:-1], differentiated(plain_loop, choice)[:-1], bound=BOUND)
 
 
 @given(choices())

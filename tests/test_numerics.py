@@ -14,7 +14,7 @@ from torch import Tensor
 
 import onn.functional as F
 from onn import tree
-from onn.functional.experts import Backend
+from onn.functional.kernels.backends import Backend
 from tests.numerics import BACKENDS, Rounded, analysed, assert_within, computed
 from tests.support import BOUND, Case, assert_close, assert_same, cases, each_backend, make_case, normal, tolerance
 

@@ -19,9 +19,6 @@ from onn.functional.consolidation import (
     whitening as whitening,
 )
 from onn.functional.experts import (
-    Backend as Backend,
-)
-from onn.functional.experts import (
     BankGrads as BankGrads,
 )
 from onn.functional.experts import (
@@ -53,6 +50,12 @@ from onn.functional.integrity import (
 )
 from onn.functional.integrity import (
     token_entropy as token_entropy,
+)
+from onn.functional.kernels.backends import (
+    Backend as Backend,
+)
+from onn.functional.kernels.backends import (
+    Bounded as Bounded,
 )
 from onn.functional.kernels.tilings import (
     Tiling as Tiling,

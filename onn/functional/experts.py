@@ -8,7 +8,6 @@ numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple, get_args
 
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from onn import check
-from onn.functional.kernels import native
+from onn.functional.kernels import grouped
+from onn.functional.kernels.backends import Backend, Bounded, choose
 from onn.functional.kernels.dense import (
     dense_backward,
     dense_forward,
@@ -28,16 +28,14 @@ from onn.functional.kernels.entries import bank_parts, tap_dims
 from onn.functional.kernels.local import unit_gradients
 from onn.functional.kernels.precision import as_given
 from onn.functional.kernels.ragged import ragged_backward, ragged_forward
-from onn.functional.kernels.tilings import NATIVE, NATIVE_TILING, Tiling, default_tiling
+from onn.functional.kernels.tilings import Tiling
 from onn.functional.surprise import parameter_surprise
 from onn.functional.types import Experts, Local, Residuals, Wanted, reduction_dtype
 
-Backend = Literal["auto", "dense", "grouped", "loop", "native"]
 TapName = Literal["surprise", "counterfactual", "neuron", "matrix", "bias"]
 Select = Callable[[Tensor, Tensor], Tensor]
 _MOST_TOKENS = 2**31
 """Of a batch; more are a mistake that no machine has memory for."""
-_MOST_ENTRIES = 2**62
 
 
 class BankGrads(NamedTuple):
@@ -158,10 +156,15 @@ class _Plan(NamedTuple):
 
     min_k: int
     taps: tuple[str, ...]
-    tiling: Tiling | None
-    """How the active pairs are cut up; `None` computes all pairs, densely."""
+    way: Tiling | Bounded | None
+    """How the active pairs are computed; `None` computes all pairs, densely."""
     active_only: bool
     """No gradient for combine weights that are 0, though the dense computation knows it."""
+
+
+def _rows(weights: Tensor, known: Bounded) -> grouped.Rows:
+    """Room for as many active pairs of combine weights [T, E] as there may be."""
+    return grouped.rows_of(weights, rows=len(weights) * known.per_token, per_token=known.per_token)
 
 
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, _Plan, *tuple[Tensor, ...]]
@@ -200,9 +203,12 @@ class _Backward(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         experts, residuals = Experts(gate, up, down), Residuals(h1, h3)
         with as_given(x.device):
-            if plan.tiling is not None:
-                bank = (experts, x, weights, residuals, plan.tiling)
-                return (*ragged_backward(dy, *bank, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
+            if isinstance(plan.way, Tiling):
+                ragged = (experts, x, weights, residuals, plan.way)
+                return (*ragged_backward(dy, *ragged, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
+            if isinstance(plan.way, Bounded):
+                bank = (experts, x, weights, residuals, _rows(weights, plan.way))
+                return (*grouped.backward(dy, *bank, min_k=plan.min_k, wanted=wanted), x.new_empty(0))
             learnt, *rest = dense_backward(
                 *(dy, experts, x, weights, residuals, weighted[0] if weighted else None),
                 min_k=plan.min_k,
@@ -239,8 +245,11 @@ class _Bank(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         experts = Experts(gate, up, down)
         with as_given(x.device):
-            if plan.tiling is not None:
-                y, residuals = ragged_forward(experts, x, weights, plan.tiling)
+            if isinstance(plan.way, Tiling):
+                y, residuals = ragged_forward(experts, x, weights, plan.way)
+                return (y, *residuals)
+            if isinstance(plan.way, Bounded):
+                y, residuals = grouped.forward(experts, x, _rows(weights, plan.way))
                 return (y, *residuals)
             y, residuals, weighted = dense_forward(experts, x, weights)
         return (y, *residuals, weighted) if plan.min_k == weights.shape[-1] else (y, *residuals)
@@ -313,7 +322,7 @@ def bank(
     tap: Tensor | Mapping[str, Tensor],
     *,
     min_k: int,
-    backend: Backend | Tiling,
+    backend: Backend | Tiling | Bounded,
 ) -> Tensor:
     """The production bank: `bank_forward` whose backward pass measures surprise and applies SMK.
 
@@ -328,6 +337,7 @@ def bank(
             by expert and multiplies them in grouped products, on a GPU after waiting for their number; `loop` takes
             few experts at a time, in a CPU's cache; `native` gathers no rows, by C++ compiled at first use. `auto` is
             one of them by device, dtype and sizes; a `Tiling` is `loop` or `native` in numbers (`onn.calibration`).
+            `Bounded` is `auto` or `grouped` with room for so many experts of each token, which waits for no number.
 
     Returns:
         y [T, H]. Composes with `torch.func.grad`, `vmap` and `torch.compile(fullgraph=True)` of both. Differentiable
@@ -340,15 +350,11 @@ def bank(
 
     Raises:
         ValueError: shapes or dtypes differ, a tap is not floating, `min_k` out of range, an unknown tap or backend,
-            `native` without a compiler, or the counterfactual tap where inactive experts are not computed.
+            `native` without a compiler, a bound that is none, or the counterfactual tap where inactive experts are not
+            computed.
     """
     sizes = _sizes("bank", experts, x, weights)
     check.whole("bank", "min_k", min_k, 1, sizes["E"])
-    if isinstance(backend, Tiling):
-        check.whole("bank", "backend.entries", backend.entries, NATIVE, _MOST_ENTRIES)
-        check.at_least("bank", "backend.whole_from", backend.whole_from, 0)
-    else:
-        check.one_of("bank", "backend", backend, get_args(Backend))
     dtypes = {t.dtype for t in (*experts, x, weights)}
     check.require(len(dtypes) == 1, f"bank: experts, x and weights differ in dtype: {sorted(map(str, dtypes))}.")
     check.instance("bank", "tap", tap, Tensor, Mapping)
@@ -357,43 +363,6 @@ def bank(
         check.one_of("bank", "tap", name, get_args(TapName))
         given = (f"tap {name}", value, f"float {tap_dims(name=name)}")
         check.shapes("bank", given, ("gate", experts.gate, "E I H"), ("weights", weights, "T E"))
-    tiling = _tiling(backend, experts, tokens=sizes["T"], taps=taps)
-    plan = _Plan(min_k=min_k, taps=tuple(taps), tiling=tiling, active_only=backend != "dense")
+    way = choose(backend, experts.gate, tokens=sizes["T"], counterfactual="counterfactual" in taps)
+    plan = _Plan(min_k=min_k, taps=tuple(taps), way=way, active_only=backend != "dense")
     return _apply_bank(*experts, x, weights, plan, *taps.values())[0]
-
-
-def _tiling(backend: Backend | Tiling, experts: Experts, *, tokens: int, taps: Mapping[str, Tensor]) -> Tiling | None:
-    """How the active pairs are cut up, or `None` where all pairs are computed."""
-    if backend == "dense":
-        return None
-    if backend == "auto" and ("counterfactual" in taps or _dense_is_faster(experts, tokens=tokens)):
-        return None
-    check.require(
-        "counterfactual" not in taps,
-        f"bank: the counterfactual tap needs every expert computed: expected backend='dense', got {backend!r}.",
-    )
-    tiling = backend if isinstance(backend, Tiling) else _named(backend, experts.gate)
-    if tiling.entries == NATIVE:
-        why = native.why_not(experts.gate.dtype, device=experts.gate.device.type)
-        check.require(not why, f"bank: expected backend={backend!r} where there is native code: {why}.")
-    return tiling
-
-
-def _named(backend: Backend, matrix: Tensor) -> Tiling:
-    """The numbers of a backend that computes active pairs alone, for experts like this matrix [E, I, H]."""
-    if backend == "grouped" or (backend == "auto" and matrix.is_cuda):
-        return Tiling(entries=0, whole_from=math.inf)
-    if backend == "native" or (backend == "auto" and native.available(matrix.dtype, device=matrix.device.type)):
-        return NATIVE_TILING
-    _, width, hidden = matrix.shape
-    return default_tiling(width=width, hidden=hidden, dtype=matrix.dtype)
-
-
-def _dense_is_faster(experts: Experts, *, tokens: int) -> bool:
-    """By the sizes alone, since how many pairs are active is only known when they are.
-
-    On a CPU where the products are so small that the loop's own work outweighs them; on a GPU, where finding the
-    pairs makes the host wait, up to a few thousand neurons.
-    """
-    products = tokens * experts.gate.numel()
-    return experts.gate[..., 0].numel() <= 4096 if experts.gate.is_cuda else products < 2**24

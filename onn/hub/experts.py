@@ -134,7 +134,9 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
         weights = _own_choices(top_k_weights.to(dtype))
     else:
         weights = dense_weights(top_k_index, top_k_weights, num_experts=E, dtype=dtype)
-    y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=weights.shape[1], backend="auto")
+    chosen_from = weights.shape[1]
+    known = F.Bounded("auto", min(top_k_index.shape[1], chosen_from))
+    y = F.bank(experts, hidden_states.to(dtype), weights, {}, min_k=chosen_from, backend=known)
     return y.to(hidden_states.dtype)
 
 

@@ -6,12 +6,11 @@ Shape letters: T tokens, H hidden, I expert intermediate size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Final
 
 import torch
 
-from onn.functional.kernels.parts import Filling, Padded, Pairs, Part, Ragged, Span, Whole, Workspace
+from onn.functional.kernels.parts import Filling, Padded, Pairs, Part, Span, Whole, Workspace
 from onn.functional.kernels.tilings import GATHERING, NATIVE, Tiling
 
 
@@ -23,12 +22,8 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         tokens: T.
         width: I.
         hidden: H.
-        tiling: how; with `entries` 0 it is one `Ragged` part, with `NATIVE` as `GATHERING`.
+        tiling: how; with `NATIVE` as `GATHERING`.
     """
-    token, owners = pairs.token[:-1], pairs.expert[:-1]
-    if tiling.entries == 0:
-        yield Ragged(tokens=token, owners=owners, ends=tuple(accumulate(pairs.counts)))
-        return
     space = Workspace()
     entries = GATHERING.entries if tiling.entries == NATIVE else tiling.entries
     rows, wide = max(1, entries // hidden), max(1, 2 * entries // max(tokens * width, 1))

@@ -100,7 +100,7 @@ def dense_backward(
     if masked:
         kept = min_k_indices(surprise, weights != 0, min_k=min_k)
         if wanted.experts:
-            learnt = _min_k_gradient(residuals, u, x, weights, dy, *kept)
+            learnt = min_k_gradient(residuals, u, x, weights, dy, *kept, places=None)
         if wanted.bias:
             learning = torch.where(torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept), weights, 0)
     elif wanted.experts and weighted is not None:
@@ -116,10 +116,21 @@ def dense_backward(
     )
 
 
-def _min_k_gradient(
-    residuals: Residuals, u: Tensor, x: Tensor, weights: Tensor, dy: Tensor, chosen: Tensor, filled: Tensor
+def min_k_gradient(
+    residuals: Residuals,
+    u: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    dy: Tensor,
+    chosen: Tensor,
+    filled: Tensor,
+    *,
+    places: Tensor | None,
 ) -> Experts:
-    """`expert_gradient` of the rows that `min_k_indices` names: T * min_k of them, gathered and sorted by expert."""
+    """`expert_gradient` of the rows that `min_k_indices` names: T * min_k of them, gathered and sorted by expert.
+
+    `residuals` and `u` hold the rows of all pairs, [T, E, I], or with `places` [T, E] those there are, [., I].
+    """
     num_experts, min_k = weights.shape[1], chosen.shape[1]
     owner, order = torch.sort(torch.where(filled, chosen, num_experts).flatten(), stable=True)
     token = torch.div(order, min_k, rounding_mode="floor")
@@ -128,7 +139,8 @@ def _min_k_gradient(
     )
     ends = counts[:-1].cumsum(dim=0)
     pair = token * num_experts + owner.clamp(max=num_experts - 1)
-    h1, h3, u = (part.flatten(0, 1).index_select(0, pair) for part in (*residuals, u))
+    row = pair if places is None else places.flatten().index_select(0, pair)
+    h1, h3, u = (part.flatten(0, -2).index_select(0, row) for part in (*residuals, u))
     weight = weights.flatten().index_select(0, pair)[:, None]
     d1, d3, a = (part * weight for part in unit_gradients(Residuals(h1, h3), u))
     gate, up = segment_outer(torch.cat([d1, d3], dim=-1), x, token, ends).chunk(2, dim=1)

@@ -9,12 +9,10 @@ only fill a part up point there.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 Span: TypeAlias = "slice[int, int, int]"
 
@@ -230,73 +228,7 @@ class Whole(NamedTuple):
         torch.sum(rows, dim=0, out=out[self.experts])
 
 
-class Ragged(NamedTuple):
-    """All experts at once: grouped products of the rows as they are."""
-
-    tokens: Tensor
-    """[R]"""
-    owners: Tensor
-    """[R]: the expert of each row."""
-    ends: tuple[int, ...]
-    """[E]: where the rows of each expert end."""
-
-    def take(self, source: Tensor, slot: str) -> Tensor:
-        """[T, H] to [R, H]."""
-        return source.index_select(0, self.tokens)
-
-    def spread(self, values: Tensor, among: Tensor | None = None) -> Tensor:
-        """[R + 1, I] to [R, I]; of a tensor of more pairs, `among` which these are."""
-        return _rows(values, slice(0, len(self.tokens)), among)
-
-    def put(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `spread`."""
-        into[:-1] = rows
-
-    def guarded(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """[R, I], of pairs alone."""
-        return rows
-
-    def project(self, rows: Tensor, *matrices: Tensor) -> list[Tensor]:
-        """[R, H] to [R, I] each."""
-        return [self._by_expert(rows, matrix.mT) for matrix in matrices]
-
-    def send(self, *products: tuple[Tensor, Tensor], into: Tensor) -> None:
-        """Add the sum of the products of [R, I] and [E, I, H] to the tokens [T + 1, H] that they belong to."""
-        sent, *others = (self._by_expert(rows, matrix) for rows, matrix in products)
-        for other in others:
-            sent += other
-        into.index_add_(0, self.tokens, sent.to(into.dtype))
-
-    def outer(self, sources: Tensor, *products: tuple[Tensor, Tensor]) -> None:
-        """Sums of the outer products of [R, H] and each [R, I] by expert."""
-        for rows, out in products:
-            if takes_grouped(rows, sources):
-                out.copy_(grouped_mm(rows.mT, sources, offs=self._offsets(rows)))
-            else:
-                for segment, a, b in zip(out.unbind(0), self._split(rows), self._split(sources), strict=True):
-                    torch.mm(a.mT, b, out=segment)
-
-    def total(self, rows: Tensor, out: Tensor) -> None:
-        """Sums of [R, I] by expert."""
-        out.zero_().index_add_(0, self.owners, rows.to(out.dtype))
-
-    def _by_expert(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        if takes_grouped(rows, matrices):
-            return grouped_mm(rows, matrices, offs=self._offsets(rows))
-        out = rows.new_empty(len(rows), matrices.shape[2])
-        for part, result, matrix in zip(self._split(rows), self._split(out), matrices.unbind(0), strict=True):
-            torch.mm(part, matrix, out=result)
-        return out
-
-    def _offsets(self, rows: Tensor) -> Tensor:
-        return torch.tensor(self.ends, dtype=torch.int32, device=rows.device)
-
-    def _split(self, rows: Tensor) -> Sequence[Tensor]:
-        sizes = [end - start for start, end in zip((0, *self.ends), self.ends, strict=False)]
-        return torch.split(rows, sizes)
-
-
-Part = Padded | Whole | Ragged
+Part = Padded | Whole
 
 
 def _rows(values: Tensor, pairs: Span | Tensor, among: Tensor | None) -> Tensor:
@@ -304,15 +236,3 @@ def _rows(values: Tensor, pairs: Span | Tensor, among: Tensor | None) -> Tensor:
     if among is not None:
         return values.index_select(0, among[pairs])
     return values[pairs] if isinstance(pairs, slice) else values.index_select(0, pairs)
-
-
-def takes_grouped(first: Tensor, second: Tensor) -> bool:
-    """`grouped_mm` takes them: bfloat16, on a CPU float32 too, all but one stride of whole 16 bytes, and some rows."""
-    dtype, device = first.dtype, first.device.type
-    known = dtype == torch.bfloat16 or (dtype == torch.float32 and device == "cpu")
-    return known and _aligned(first) and _aligned(second) and first.numel() > 0
-
-
-def _aligned(operand: Tensor) -> bool:
-    unit, wide = sorted(operand.stride()[-2:])
-    return unit == 1 and all(stride * operand.element_size() % 16 == 0 for stride in (wide, *operand.stride()[:-2]))

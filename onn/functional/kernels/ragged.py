@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from onn.functional.kernels import native_bank
+from onn.functional.kernels import grouped, native_bank
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
 from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs
@@ -89,6 +89,9 @@ def _joined(members: tuple[Tensor, ...]) -> Tensor:
 
 
 def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
+    if tiling.entries == 0:
+        y, residuals = grouped.forward(experts, x, _counted(weights))
+        return y, *residuals
     if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
         return native_bank.forward(experts, x, native_pairs)
     pairs = active_pairs(weights)
@@ -102,6 +105,17 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
         part.put(raised, h3)
         part.send((_weighted(part, silu(gated).mul_(raised), part.spread(pairs.weight)), experts.down), into=y)
     return y[:T].to(x.dtype), h1, h3
+
+
+def _counted(weights: Tensor) -> grouped.Rows:
+    """As many rows as there are active pairs of combine weights [T, E]."""
+    counts = (weights != 0).sum(dim=1)
+    return grouped.rows_of(weights, rows=int(counts.sum()), per_token=max(1, int(counts.max())))
+
+
+def _apart(grads: RaggedGrads) -> RaggedGrads:
+    """Each in memory of its own, as torch demands of what an operator returns."""
+    return grads._replace(gate=grads.gate.clone(), up=grads.up.clone())
 
 
 def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,6 +176,9 @@ def _backward_one(
     min_k: int,
     wanted: Wanted,
 ) -> RaggedGrads:
+    if tiling.entries == 0:
+        bank = (experts, x, weights, residuals, _counted(weights))
+        return _apart(grouped.backward(dy, *bank, min_k=min_k, wanted=wanted))
     if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
         return native_bank.backward(dy, experts, x, residuals, native_pairs, min_k=min_k, wanted=wanted)
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)

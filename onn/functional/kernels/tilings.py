@@ -12,7 +12,7 @@ class Tiling(NamedTuple):
 
     entries: int
     """Of the gathered rows [G, N, H] of a part, at most: what stays in a cache; half as many as of the activations
-    [T, G, I] where nothing is gathered. 0 takes all experts at once, `NATIVE` too, by native code.
+    [T, G, I] where nothing is gathered. 0 takes all experts at once in grouped products, `NATIVE` too, by native code.
     """
     whole_from: float
     """Share of the tokens from which an expert computes all of them, which saves the gather; about that share its
