@@ -111,8 +111,10 @@ def there_are(*backends: Chosen) -> list[Chosen]:
     return [one for one in backends if not (_NO_NATIVE and _is_native(one))]
 
 
-ENTRIES = st.integers(0, 60) if _NO_NATIVE else st.just(NATIVE) | st.integers(0, 60)
-TILINGS = st.builds(F.Tiling, ENTRIES, st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0]))
+SHARES = st.sampled_from([0.0, 0.3, 0.5, 1.0, 2.0])
+CUTS = st.builds(F.Tiling, st.integers(1, 60), SHARES)
+"""Tilings that cut a bank into parts."""
+TILINGS = CUTS | st.builds(F.Tiling, st.just(0) if _NO_NATIVE else st.sampled_from([0, NATIVE]), SHARES)
 
 
 @st.composite

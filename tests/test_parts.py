@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.parts import Padded, Pairs, Whole, active_pairs, kept_pairs
-from onn.functional.kernels.tilings import GATHERING, NATIVE, Tiling, default_tiling
-from tests.support import TILINGS, assert_same
+from onn.functional.kernels.tilings import Tiling, default_tiling
+from tests.support import CUTS, assert_same
 
 
 @st.composite
@@ -24,10 +24,9 @@ def routed(draw: st.DrawFn) -> Tensor:
     return torch.rand(T, E, generator=source) * (torch.rand(T, E, generator=source) < density)
 
 
-@given(routed(), TILINGS)
+@given(routed(), CUTS)
 def test_parts_hold_every_expert_and_every_pair_once(weights: Tensor, tiling: Tiling) -> None:
     (T, E), pairs = weights.shape, active_pairs(weights)
-    entries = GATHERING.entries if tiling.entries == NATIVE else tiling.entries
     seen = torch.zeros(pairs.number + 1, 1)
     experts: list[int] = []
     for part in parts(pairs, tokens=T, width=2, hidden=3, tiling=tiling):
@@ -40,7 +39,7 @@ def test_parts_hold_every_expert_and_every_pair_once(weights: Tensor, tiling: Ti
         match part:
             case Padded(experts=own, rows=rows_each):
                 size = own.stop - own.start
-                assert size == 1 or size * rows_each * 3 <= max(entries, 3)
+                assert size == 1 or size * rows_each * 3 <= max(tiling.entries, 3)
                 experts += range(own.start, own.stop)
             case Whole(experts=own):
                 assert pairs.counts[own][0] >= tiling.whole_from * T

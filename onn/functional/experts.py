@@ -212,6 +212,7 @@ class _Backward(torch.autograd.Function):
             learnt, *rest = dense_backward(
                 *(dy, experts, x, weights, residuals, weighted[0] if weighted else None),
                 min_k=plan.min_k,
+                all_learn=plan.min_k == weights.shape[-1],
                 wanted=wanted,
                 counterfactual=counterfactual,
             )

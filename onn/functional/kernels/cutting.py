@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from onn.functional.kernels.parts import Filling, Padded, Pairs, Part, Span, Whole, Workspace
-from onn.functional.kernels.tilings import GATHERING, NATIVE, Tiling
+from onn.functional.kernels.tilings import Tiling
 
 
 def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling) -> Iterator[Part]:
@@ -22,11 +22,10 @@ def parts(pairs: Pairs, *, tokens: int, width: int, hidden: int, tiling: Tiling)
         tokens: T.
         width: I.
         hidden: H.
-        tiling: how; with `NATIVE` as `GATHERING`.
+        tiling: how; of at least one entry.
     """
     space = Workspace()
-    entries = GATHERING.entries if tiling.entries == NATIVE else tiling.entries
-    rows, wide = max(1, entries // hidden), max(1, 2 * entries // max(tokens * width, 1))
+    rows, wide = max(1, tiling.entries // hidden), max(1, 2 * tiling.entries // max(tokens * width, 1))
     least = tiling.whole_from * tokens
     first = start = 0
     while first < len(pairs.counts):

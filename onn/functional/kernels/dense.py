@@ -80,18 +80,19 @@ def dense_backward(
     weighted: Tensor | None,
     *,
     min_k: int,
+    all_learn: bool,
     wanted: Wanted,
     counterfactual: bool,
 ) -> DenseGrads:
-    """The gradients of `dense_forward` under SMK, and what else is wanted.
+    """The gradients of `dense_forward` under SMK, which `all_learn` is without, and what else is wanted.
 
-    `weighted`, the weighted activation [T, E, I], is there where every row learns.
+    `weighted`, the weighted activation [T, E, I], is made again where it was not kept.
     """
     nothing = x.new_empty(0)
     u = output_products(experts, dy)
     local = unit_gradients(residuals, u)
     d1, d3 = local.c1 * weights[..., None], local.c3 * weights[..., None]
-    masked = (wanted.experts or wanted.bias) and weighted is None
+    masked = (wanted.experts or wanted.bias) and not all_learn
     surprise = unit = nothing
     if masked or wanted.surprise or counterfactual:
         unit = counterfactual_surprise(local, x, dy)
@@ -103,8 +104,9 @@ def dense_backward(
             learnt = min_k_gradient(residuals, u, x, weights, dy, *kept, places=None)
         if wanted.bias:
             learning = torch.where(torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept), weights, 0)
-    elif wanted.experts and weighted is not None:
-        learnt = expert_gradient(d1, d3, weighted, x, dy)
+    elif wanted.experts:
+        again = local.a * weights[..., None] if weighted is None else weighted
+        learnt = expert_gradient(d1, d3, again, x, dy)
     return DenseGrads(
         experts=learnt,
         x=input_gradient(experts, d1, d3) if wanted.x else nothing,

@@ -82,16 +82,41 @@ def available(dtype: torch.dtype, *, device: str) -> bool:
     return not why_not(dtype, device=device)
 
 
+class Counted(NamedTuple):
+    """How many pairs of a bank have a combine weight that is not 0."""
+
+    starts: Tensor
+    """Where the pairs of each expert and block of tokens begin."""
+    ends: Tensor
+    """[E] int64: where the pairs of each expert end."""
+    most: int
+    """Pairs of a token, at most."""
+
+    @property
+    def number(self) -> int:
+        """R."""
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+
+def counted(weights: Tensor) -> Counted:
+    """The number of pairs whose combine weight [T, E] is not 0."""
+    T, E = weights.shape
+    starts, ends, most = (torch.empty(size, dtype=torch.int64) for size in (_BLOCKS * E, E, 1))
+    _call("count", weights.dtype, weights.contiguous(), T, E, _BLOCKS, starts, ends, most)
+    return Counted(starts, ends, most=int(most))
+
+
+def listed(weights: Tensor, pairs: Counted) -> Active:
+    """The pairs whose combine weight [T, E] is not 0, so many."""
+    (T, E), R = weights.shape, pairs.number
+    token, weight = torch.empty(R, dtype=torch.int64), weights.new_empty(R, dtype=reduction_dtype(weights.dtype))
+    _call("list", weights.dtype, weights.contiguous(), T, E, _BLOCKS, pairs.starts, token, weight)
+    return Active(Segments(token, pairs.ends), weight, most=pairs.most)
+
+
 def active(weights: Tensor) -> Active:
     """The pairs whose combine weight [T, E] is not 0."""
-    T, E = weights.shape
-    weights = weights.contiguous()
-    starts, ends, most = (torch.empty(size, dtype=torch.int64) for size in (_BLOCKS * E, E, 1))
-    _call("count", weights.dtype, weights, T, E, _BLOCKS, starts, ends, most)
-    R = int(ends[-1]) if E else 0
-    token, weight = torch.empty(R, dtype=torch.int64), weights.new_empty(R, dtype=reduction_dtype(weights.dtype))
-    _call("list", weights.dtype, weights, T, E, _BLOCKS, starts, token, weight)
-    return Active(Segments(token, ends), weight, most=int(most))
+    return listed(weights, counted(weights))
 
 
 def project(x: Tensor, matrices: Sequence[Tensor], segments: Segments, *, out: Sequence[Tensor]) -> None:

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from onn.functional.kernels import native
-from onn.functional.kernels.tilings import NATIVE, Tiling
+from onn.functional.kernels.tilings import Tiling
 from onn.functional.types import Experts, RaggedGrads, Residuals, Wanted
 
 
 def pairs_of(weights: Tensor, tiling: Tiling) -> native.Active | None:
-    """The active pairs of combine weights [T, E], where this tiling leaves them to native code."""
-    if tiling.entries != NATIVE:
-        return None
-    pairs = native.active(weights)
-    return pairs if pairs.number < tiling.whole_from * weights.numel() else None
+    """The active pairs of combine weights [T, E], but where so many are that all are computed."""
+    pairs = native.counted(weights)
+    return None if tiling.computes_all(pairs.number, of=weights.numel()) else native.listed(weights, pairs)
 
 
 def forward(experts: Experts, x: Tensor, pairs: native.Active) -> tuple[Tensor, Tensor, Tensor]:

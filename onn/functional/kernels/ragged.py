@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
-from onn.functional.kernels import grouped, native_bank
+from onn.functional.kernels import all_pairs, grouped, native_bank
+from onn.functional.kernels.all_pairs import apart
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
 from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs
-from onn.functional.kernels.tilings import Tiling
+from onn.functional.kernels.tilings import NATIVE, Tiling
 from onn.functional.surprise import min_k_mask, weight_surprise
 from onn.functional.types import Experts, Local, RaggedGrads, Residuals, Wanted, reduction_dtype
 
@@ -44,7 +45,8 @@ def ragged_forward(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling)
         tiling: how it is cut up.
 
     Returns:
-        y [T, H], summed in float32 at least, and the residuals [R + 1, I] of the pairs in `active_pairs`' order.
+        y [T, H], summed in float32 at least, and the residuals of the pairs: [R + 1, I] in `active_pairs`' order, or
+        [T E, I] where all are computed.
     """
     y, h1, h3 = torch.ops.onn.ragged_forward(*(t[None] for t in (*experts, x, weights)), *tiling)
     return y[0], Residuals(h1=h1, h3=h3)
@@ -92,8 +94,9 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
     if tiling.entries == 0:
         y, residuals = grouped.forward(experts, x, _counted(weights))
         return y, *residuals
-    if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
-        return native_bank.forward(experts, x, native_pairs)
+    if tiling.entries == NATIVE:
+        active = native_bank.pairs_of(weights, tiling)
+        return native_bank.forward(experts, x, active) if active else all_pairs.forward(experts, x, weights)
     pairs = active_pairs(weights)
     (T, H), I = x.shape, experts.gate.shape[1]
     h1, h3 = (_of_pairs(pairs, I, like=x, dtype=x.dtype) for _ in range(2))
@@ -111,11 +114,6 @@ def _counted(weights: Tensor) -> grouped.Rows:
     """As many rows as there are active pairs of combine weights [T, E]."""
     counts = (weights != 0).sum(dim=1)
     return grouped.rows_of(weights, rows=int(counts.sum()), per_token=max(1, int(counts.max())))
-
-
-def _apart(grads: RaggedGrads) -> RaggedGrads:
-    """Each in memory of its own, as torch demands of what an operator returns."""
-    return grads._replace(gate=grads.gate.clone(), up=grads.up.clone())
 
 
 def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,15 +153,22 @@ def _backward(
     min_k: int,
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
-    sizes = ((weights != 0).flatten(1).sum(dim=1) + 1).tolist() if len(weights) > 1 else [len(h1)]
+    tiling = Tiling(entries, whole_from)
+    sizes = [_rows(one, tiling) for one in weights] if len(weights) > 1 else [len(h1)]
     residuals = map(Residuals, h1.split(sizes), h3.split(sizes))
     grads = [
-        _backward_one(g, Experts(*experts), *inputs, kept, Tiling(entries, whole_from), min_k, Wanted(*wanted))
+        _backward_one(g, Experts(*experts), *inputs, kept, tiling, min_k, Wanted(*wanted))
         for g, experts, inputs, kept in zip(
             dy, zip(gate, up, down, strict=True), zip(x, weights, strict=True), residuals, strict=True
         )
     ]
     return tuple(map(_stacked, zip(*grads, strict=True)))
+
+
+def _rows(weights: Tensor, tiling: Tiling) -> int:
+    """Of the residuals of a bank with these combine weights [T, E]."""
+    active, every = int((weights != 0).sum()), weights.numel()
+    return every if tiling.computes_all(active, of=every) else active + 1
 
 
 def _backward_one(
@@ -178,9 +183,11 @@ def _backward_one(
 ) -> RaggedGrads:
     if tiling.entries == 0:
         bank = (experts, x, weights, residuals, _counted(weights))
-        return _apart(grouped.backward(dy, *bank, min_k=min_k, wanted=wanted))
-    if (native_pairs := native_bank.pairs_of(weights, tiling)) is not None:
-        return native_bank.backward(dy, experts, x, residuals, native_pairs, min_k=min_k, wanted=wanted)
+        return apart(grouped.backward(dy, *bank, min_k=min_k, wanted=wanted))
+    if tiling.entries == NATIVE:
+        if active := native_bank.pairs_of(weights, tiling):
+            return native_bank.backward(dy, experts, x, residuals, active, min_k=min_k, wanted=wanted)
+        return all_pairs.backward(dy, experts, x, weights, residuals, min_k=min_k, wanted=wanted)
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
     pairs = active_pairs(weights)
     masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())

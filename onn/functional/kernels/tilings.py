@@ -16,14 +16,18 @@ class Tiling(NamedTuple):
     """
     whole_from: float
     """Share of the tokens from which an expert computes all of them, which saves the gather; about that share its
-    neighbours decide. Native code gathers nothing: there it is the share of all pairs.
+    neighbours decide. Native code gathers nothing: there it is the share of all pairs from which all are computed.
     """
+
+    def computes_all(self, active: int, *, of: int) -> bool:
+        """Whether a bank leaves so many active pairs of so many to the dense computation."""
+        return self.entries == NATIVE and active >= self.whole_from * of
 
 
 NATIVE: Final = -1
 """For `entries`: the active pairs by native code."""
 
-NATIVE_TILING: Final = Tiling(NATIVE, whole_from=0.85)
+NATIVE_TILING: Final = Tiling(NATIVE, whole_from=0.9)
 """Where there is native code: it was ahead with half of all pairs active, and a plain product with all of them."""
 
 GATHERING: Final = Tiling(entries=2**21, whole_from=torch.inf)
