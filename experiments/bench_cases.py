@@ -20,7 +20,7 @@ from experiments.compiling import compiled
 from experiments.measure import Run
 from onn import tree
 from onn.functional.kernels import native
-from onn.functional.kernels.backends import Backend
+from onn.functional.kernels.backends import Backend, bounded
 from onn.recompute import recomputed
 
 Suite = Literal["experts", "surprise", "smk", "memory", "scaling", "step"]
@@ -173,7 +173,7 @@ def bank_layer(bank: Bank, *, k: int, backend: Backend, eager: bool) -> Callable
 
     As they, it knows how many experts a token has.
     """
-    known = F.Bounded(backend, k) if backend == "auto" or backend == "grouped" else backend
+    known = bounded(backend, per_token=k)
     gate, up, down, x, weights = (leaf(value) for value in (*bank.experts, bank.x, bank.weights))
     everything = bank.weights.shape[1]
 

@@ -170,3 +170,23 @@ def test_a_row_that_is_not_there_and_two_dtypes_are_errors() -> None:
             segment_outer(rows, x, torch.tensor(token), ends)
     with pytest.raises(RuntimeError, match="dtype"):
         segment_outer(rows.bfloat16(), x, torch.tensor([0, 1, 2]), ends)
+
+
+def test_without_tokens_the_rows_of_both_lie_in_one_order() -> None:
+    many = [make(seed, R=7, I=3, T=7, H=5, E=4, owned=5, dtype=torch.float64) for seed in (0, 10, 20)]
+    expected = [by_loop(rows, x, torch.arange(7), ends) for rows, x, _, ends in many]
+    for (rows, x, _, ends), alone in zip(many, expected, strict=True):
+        assert_close(segment_outer(rows, x, None, ends), alone, bound=BOUND)
+        kernel = torch.library.get_kernel("onn::segment_outer", "CUDA")
+        narrow = (rows.float(), x.float(), None, ends)
+        got = kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *narrow)
+        assert_close(got, alone, bound=tolerance(torch.float32, terms=7))
+
+    def in_order(rows: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        return segment_outer(rows, x, None, ends)
+
+    columns = [torch.stack(column) for column in zip(*((rows, x, ends) for rows, x, _, ends in many), strict=True)]
+    assert_close(tree.vmap(in_order, (0, 0, 0))(*columns), torch.stack(expected), bound=BOUND)
+    shared = [by_loop(rows, many[0].x, torch.arange(7), ends) for rows, _, _, ends in many]
+    got = tree.vmap(in_order, (0, None, 0))(columns[0], many[0].x, columns[2])
+    assert_close(got, torch.stack(shared), bound=BOUND)

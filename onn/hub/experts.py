@@ -107,10 +107,10 @@ def bank_experts(module: StockExperts, hidden_states: Tensor, top_k_index: Tenso
 
     Returns:
         [T, H] in the dtype of `hidden_states`, computed in that of the experts, under autocast too, by the `auto`
-        backend of `onn.functional.bank`. Where the tokens are so few (as in generation) that their choices are fewer
-        than the experts, a bank of the experts chosen is gathered. An activation that overflows (float16) may be NaN
-        for its token even in an expert that the token did not choose. A combine weight that is exactly 0 gets no
-        gradient.
+        backend of `onn.functional.bank`, which is told that a token has at most K experts. Where the tokens are so few
+        (as in generation) that their choices are fewer than the experts, a bank of the experts chosen is gathered. An
+        activation that overflows (float16) may be NaN for its token even in an expert that the token did not choose. A
+        combine weight that is exactly 0 gets no gradient.
 
     Raises:
         ValueError: another activation or layout, where the message names the setting; shapes or dtypes do not fit; on a

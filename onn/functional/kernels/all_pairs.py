@@ -38,18 +38,6 @@ def backward(
         wanted=wanted,
         counterfactual=False,
     )
-    wide = reduction_dtype(x.dtype)
-    return apart(
-        RaggedGrads(
-            *grads.experts,
-            grads.x if wanted.x else x.new_empty(0, x.shape[1]),
-            torch.where(weights != 0, grads.weights, 0),
-            *(part.to(wide) for part in (grads.surprise, grads.bias, grads.squares)),
-        )
-    )
-
-
-def apart(grads: RaggedGrads) -> RaggedGrads:
-    """Each in memory of its own, as torch demands of what an operator returns."""
-    alone = (part.untyped_storage().nbytes() == part.nbytes > 0 for part in grads)
-    return RaggedGrads(*(part if own else part.clone() for part, own in zip(grads, alone, strict=True)))
+    measured = (part.to(reduction_dtype(x.dtype)) for part in (grads.surprise, grads.bias, grads.squares))
+    dx = grads.x if wanted.x else x.new_empty(0, x.shape[1])
+    return RaggedGrads(*grads.experts, dx, torch.where(weights != 0, grads.weights, 0), *measured)

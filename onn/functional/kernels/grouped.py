@@ -59,8 +59,8 @@ def rows_of(weights: Tensor, *, rows: int, per_token: int) -> Rows:
 
     Args:
         weights: [T, E].
-        rows: R, at least as many as there are pairs.
-        per_token: K, at least as many as a token has.
+        rows: R, as many as there are pairs or T K.
+        per_token: K, as many as a token has at most; with fewer pairs are left out, and `fits` says so.
     """
     (T, E), active = weights.shape, weights != 0
     counts = active.sum(dim=0)
@@ -79,7 +79,7 @@ def rows_of(weights: Tensor, *, rows: int, per_token: int) -> Rows:
         ends=ends.clamp(max=rows),
         place=place,
         places=places,
-        fits=(active.sum(dim=1) <= per_token).all() & (ends[-1] <= rows),
+        fits=(active.sum(dim=1) <= per_token).all(),
     )
 
 
@@ -111,7 +111,8 @@ def backward(
     wide = reduction_dtype(x.dtype)
     masked = (wanted.experts or wanted.bias) and min_k < rows.places.shape[1]
     measured = wanted.surprise or masked
-    u = segment_product(dy.index_select(0, rows.token), experts.down.mT, rows.ends)
+    g = dy.index_select(0, rows.token)
+    u = segment_product(g, experts.down.mT, rows.ends)
     local = unit_gradients(residuals, u)
     c1, c3 = rows.weighted(local.c1), rows.weighted(local.c3)
     surprise, squares, bias = (x.new_empty(0, dtype=wide) for _ in range(3))
@@ -134,8 +135,9 @@ def backward(
         keep = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept)
         learning = rows._replace(weight=_at(rows.pair, torch.where(keep, weights, 0)))
     elif wanted.experts:
-        gate, up = segment_outer(torch.cat([c1, c3], dim=-1), x, rows.token, rows.ends).chunk(2, dim=1)
-        learnt = Experts(gate, up, segment_outer(rows.weighted(local.a), dy, rows.token, rows.ends))
+        taken, a = x.index_select(0, rows.token), rows.weighted(local.a)
+        sources = ((c1, taken), (c3, taken), (a, g))
+        learnt = Experts(*(segment_outer(part, source, None, rows.ends) for part, source in sources))
     if wanted.bias:
         bias = torch.stack([rows.by_expert(learning.weighted(part).to(wide)) for part in (local.c1, local.c3)])
     dx = x.new_empty(0, x.shape[1])

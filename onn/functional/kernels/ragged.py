@@ -16,7 +16,6 @@ from torch.linalg import vector_norm
 from torch.nn.functional import silu
 
 from onn.functional.kernels import all_pairs, grouped, native_bank
-from onn.functional.kernels.all_pairs import apart
 from onn.functional.kernels.cutting import parts
 from onn.functional.kernels.local import matrix_squares, unit_gradients, unit_norms
 from onn.functional.kernels.parts import Pairs, Part, active_pairs, extended, kept_pairs
@@ -95,8 +94,9 @@ def _forward_one(experts: Experts, x: Tensor, weights: Tensor, tiling: Tiling) -
         y, residuals = grouped.forward(experts, x, _counted(weights))
         return y, *residuals
     if tiling.entries == NATIVE:
-        active = native_bank.pairs_of(weights, tiling)
-        return native_bank.forward(experts, x, active) if active else all_pairs.forward(experts, x, weights)
+        if (active := native_bank.pairs_of(weights, tiling)) is not None:
+            return native_bank.forward(experts, x, active)
+        return all_pairs.forward(experts, x, weights)
     pairs = active_pairs(weights)
     (T, H), I = x.shape, experts.gate.shape[1]
     h1, h3 = (_of_pairs(pairs, I, like=x, dtype=x.dtype) for _ in range(2))
@@ -114,6 +114,12 @@ def _counted(weights: Tensor) -> grouped.Rows:
     """As many rows as there are active pairs of combine weights [T, E]."""
     counts = (weights != 0).sum(dim=1)
     return grouped.rows_of(weights, rows=int(counts.sum()), per_token=max(1, int(counts.max())))
+
+
+def _apart(grads: RaggedGrads) -> RaggedGrads:
+    """Each in memory of its own, as torch demands of what an operator returns."""
+    whole = (part.untyped_storage().nbytes() == part.nbytes > 0 for part in grads)
+    return RaggedGrads(*(part if own else part.clone() for part, own in zip(grads, whole, strict=True)))
 
 
 def _of_pairs(pairs: Pairs, width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,11 +189,11 @@ def _backward_one(
 ) -> RaggedGrads:
     if tiling.entries == 0:
         bank = (experts, x, weights, residuals, _counted(weights))
-        return apart(grouped.backward(dy, *bank, min_k=min_k, wanted=wanted))
+        return _apart(grouped.backward(dy, *bank, min_k=min_k, wanted=wanted))
     if tiling.entries == NATIVE:
-        if active := native_bank.pairs_of(weights, tiling):
+        if (active := native_bank.pairs_of(weights, tiling)) is not None:
             return native_bank.backward(dy, experts, x, residuals, active, min_k=min_k, wanted=wanted)
-        return all_pairs.backward(dy, experts, x, weights, residuals, min_k=min_k, wanted=wanted)
+        return _apart(all_pairs.backward(dy, experts, x, weights, residuals, min_k=min_k, wanted=wanted))
     (T, H), (E, I, _), wide = x.shape, experts.gate.shape, reduction_dtype(x.dtype)
     pairs = active_pairs(weights)
     masked = (wanted.experts or wanted.bias) and bool(((weights != 0).sum(dim=1) > min_k).any())
