@@ -44,7 +44,7 @@ def case_rows(case: BankCase, dtype: torch.dtype, *, options: Options) -> list[R
     """All variants against the floor; in the last two rows the best of transformers, and of all peers, against ours.
 
     Ours is the backend asked for, compiled and not. The others are there for the picture: `dense` compiled, which gains
-    from it, and those that are one operator each as they are.
+    from it, and the rest as they are.
     """
     torch._dynamo.reset()
     bank = random_bank(case, dtype, seed=options.seed)

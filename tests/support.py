@@ -117,6 +117,11 @@ CUTS = st.builds(F.Tiling, st.integers(1, 60), SHARES)
 TILINGS = CUTS | st.builds(F.Tiling, st.just(0) if _NO_NATIVE else st.sampled_from([0, NATIVE]), SHARES)
 
 
+def listed_pairs(weights: Tensor) -> native.Active:
+    """The active pairs of combine weights [T, E] by native code."""
+    return native.listed(weights, native.counted(weights))
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, dtype: torch.dtype = torch.float64) -> Case:
     """Banks of every small size: one token, one expert and one neuron included, from no active expert to all."""

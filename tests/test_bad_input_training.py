@@ -265,7 +265,7 @@ def is_class(kind: object) -> bool:
     return any(name in str(kind) for name in ("Config", "MoeTraining"))
 
 
-@pytest.mark.parametrize("backend", ["grouped", "grouped:5", "loop", "loop:1048576:0.55", "native:0.85"])
+@pytest.mark.parametrize("backend", ["grouped", "grouped:5", "loop", "loop:1048576:0.55", "native", "native:0.85"])
 def test_a_backend_of_active_pairs_alone_is_refused_with_the_counterfactual_target(backend: str) -> None:
     asked = replace(SPARSE.router, target="counterfactual")
     active_only = replace(SPARSE.moe, backend=backend)

@@ -31,6 +31,7 @@ from tests.support import (
     assert_close,
     assert_same,
     differentiate,
+    listed_pairs,
     make_case,
     needs_native,
     normal,
@@ -163,7 +164,7 @@ def test_the_pairs_are_those_whose_weight_is_not_zero(
     dtype: torch.dtype, seed: int, T: int, E: int, density: float
 ) -> None:
     weights = make_weights(seed, T, E, density=density, dtype=dtype)
-    pairs = native.active(weights)
+    pairs = listed_pairs(weights)
     expert, token = weights.mT.nonzero(as_tuple=True)
     assert_same(pairs.segments.token, token)
     assert_same(pairs.segments.ends, torch.bincount(expert, minlength=E).cumsum(0))
@@ -226,7 +227,7 @@ def test_how_the_numbers_lie_in_memory_changes_nothing(dtype: torch.dtype) -> No
     assert not transposed(work.x).is_contiguous()
     assert_same(by_native(work._replace(x=transposed(work.x), matrices=matrices, rows=rows)), by_native(work))
     weights = make_weights(0, 9, 5, density=0.5, dtype=torch.float32)
-    assert_same(native.active(transposed(weights)).segments, native.active(weights).segments)
+    assert_same(listed_pairs(transposed(weights)).segments, listed_pairs(weights).segments)
 
 
 @needs_native
@@ -287,7 +288,7 @@ def test_the_least_surprised_pairs_are_those_of_the_mask(seed: int, T: int, E: i
     active = torch.rand(T, E, generator=source) < 0.6
     values = torch.tensor([0.0, 1.0, 1.0, 2.0, 3.5, torch.inf, torch.nan])
     surprise = values[torch.randint(len(values), (T, E), generator=source)]
-    segments = native.active(active.to(torch.float32)).segments
+    segments = listed_pairs(active.to(torch.float32)).segments
     of_pairs = surprise[segments.token, owners(segments)]
     places, kept = native.least(of_pairs, segments, tokens=T, min_k=min_k, dtype=torch.float32)
     mask = F.min_k_mask(surprise, active, min_k=min(min_k, E))

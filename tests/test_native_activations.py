@@ -23,7 +23,7 @@ from tests.numerics import (
     assert_within,
     together,
 )
-from tests.support import assert_close, assert_same, make_case, needs_native, normal, tolerance
+from tests.support import assert_close, assert_same, listed_pairs, make_case, needs_native, normal, tolerance
 from tests.test_native import COUNTS, HIDDEN, WIDTHS, every_dtype, make, owners, transposed
 
 EXTREMES = (math.inf, -math.inf, math.nan, 1e4, -1e4, 100.0, -100.0, 0.0, -0.0, 1.5)
@@ -42,7 +42,7 @@ class Activations(NamedTuple):
 
 def make_local(seed: int, *, T: int, E: int, I: int, dtype: torch.dtype, scale: float = 1) -> Activations:
     weights = make_case(seed, T=T, H=2, E=E, I=1, dtype=dtype).weights
-    pairs = native.active(weights)
+    pairs = listed_pairs(weights)
     h1, h3, u = (normal(seed + place, pairs.number, I, dtype=dtype) for place in range(3))
     lengths = (normal(seed + place, T, dtype=F.reduction_dtype(dtype)).abs() for place in (4, 5))
     return Activations(F.Residuals((h1 * scale).clamp(-80, 80), h3), u, pairs, native.Lengths(*lengths))
@@ -115,7 +115,7 @@ def test_surprise_that_is_not_measured_has_no_entries_and_leaves_the_weights() -
 @every_dtype
 def test_spread_values_lie_at_their_token_and_expert(dtype: torch.dtype) -> None:
     weights = make_case(3, T=70, H=2, E=5, I=1, dtype=dtype).weights
-    pairs = native.active(weights)
+    pairs = listed_pairs(weights)
     table = native.spread(pairs.weight, pairs.segments, tokens=70, dtype=dtype)
     assert_same(table, weights.to(table.dtype))
 
@@ -127,7 +127,7 @@ def test_extreme_activations_are_finite_where_those_of_torch_are(dtype: torch.dt
         part.flatten()[:, None].to(dtype) for part in torch.meshgrid(*[torch.tensor(EXTREMES)] * 3, indexing="ij")
     )
     wide, R = F.reduction_dtype(dtype), len(u)
-    pairs = native.active(torch.ones(R, 1, dtype=dtype))
+    pairs = listed_pairs(torch.ones(R, 1, dtype=dtype))
     ones = native.Lengths(*torch.ones(2, R, dtype=wide))
     local, inner, surprise = native.local(F.Residuals(h1, h3), u.clone(), pairs, tokens=R, lengths=ones)
     stock = unit_gradients(F.Residuals(h1.to(wide), h3.to(wide)), u.to(wide))

@@ -185,6 +185,24 @@ def test_the_kernel_of_cuda_computes_the_same_on_any_device(
     assert_close(got[: len(expected)], expected, bound=tolerance(dtype, terms=1))
 
 
+@pytest.mark.parametrize(("I", "H"), [(8, 16), (3, 5)])
+@pytest.mark.parametrize("tokens", [True, False])
+def test_the_kernels_of_cuda_wait_for_no_number_in_bfloat16(I: int, H: int, tokens: bool) -> None:
+    """On `meta` there are no numbers."""
+    rows, matrices, ends = (part.to("meta") for part in products(0, I=I, H=H, dtype=torch.bfloat16))
+    source = torch.empty(7, H, dtype=torch.bfloat16, device="meta")
+    token = torch.empty(7, dtype=torch.int64, device="meta") if tokens else None
+    calls = (
+        ("segment_product", (rows, matrices, ends), (7, H)),
+        ("segment_outer", (rows, source, token, ends), (4, I, H)),
+        ("sum_by_token", tuple(part.to("meta") for part in sums(0, dtype=torch.bfloat16)), (4, 5)),
+    )
+    for name, arguments, shape in calls:
+        kernel = torch.library.get_kernel(f"onn::{name}", "CUDA")
+        got = kernel.call_boxed(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+        assert (got.shape, got.dtype, got.is_contiguous()) == (shape, torch.bfloat16, True)
+
+
 @pytest.mark.parametrize("device", ["CPU", "CUDA"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_sum_is_rounded_once(dtype: torch.dtype, device: str) -> None:

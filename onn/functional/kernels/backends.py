@@ -38,6 +38,8 @@ def choose(
 ) -> Tiling | Bounded | None:
     """How the active pairs of experts with these gates [E, I, H] are computed, or `None` where all pairs are.
 
+    There is nothing to group where there is no token.
+
     Args:
         backend: of `bank`.
         gate: one of the matrices.

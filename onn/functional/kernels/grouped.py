@@ -1,7 +1,7 @@
-"""A bank's active pairs in grouped products of static shapes: sorted once, gathered, multiplied, summed by token.
+"""A bank's active pairs in grouped products of static shapes: numbered, gathered, multiplied, summed by token.
 
 How many pairs there are is only known where they are counted, on the device; the host knows how many there may be. So
-nothing here waits, and everything is traced by a compiler.
+nothing here waits, and a compiler traces all but the products and sums of `segments`.
 
 Shape letters: T tokens, H hidden, E experts, I expert intermediate size, K experts of a token at most, R rows.
 """
@@ -132,8 +132,9 @@ def backward(
         kept = min_k_indices(surprise, weights != 0, min_k=min_k)
         if wanted.experts:
             learnt = min_k_gradient(residuals, u, x, weights, dy, *kept, places=rows.place)
-        keep = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept)
-        learning = rows._replace(weight=_at(rows.pair, torch.where(keep, weights, 0)))
+        if wanted.bias:
+            keep = torch.zeros_like(weights, dtype=torch.bool).scatter(-1, *kept)
+            learning = rows._replace(weight=_at(rows.pair, torch.where(keep, weights, 0)))
     elif wanted.experts:
         taken, a = x.index_select(0, rows.token), rows.weighted(local.a)
         sources = ((c1, taken), (c3, taken), (a, g))

@@ -107,16 +107,11 @@ def counted(weights: Tensor) -> Counted:
 
 
 def listed(weights: Tensor, pairs: Counted) -> Active:
-    """The pairs whose combine weight [T, E] is not 0, so many."""
+    """The pairs whose combine weight [T, E] is not 0, as `counted`, whose `starts` are used up."""
     (T, E), R = weights.shape, pairs.number
     token, weight = torch.empty(R, dtype=torch.int64), weights.new_empty(R, dtype=reduction_dtype(weights.dtype))
     _call("list", weights.dtype, weights.contiguous(), T, E, _BLOCKS, pairs.starts, token, weight)
     return Active(Segments(token, pairs.ends), weight, most=pairs.most)
-
-
-def active(weights: Tensor) -> Active:
-    """The pairs whose combine weight [T, E] is not 0."""
-    return listed(weights, counted(weights))
 
 
 def project(x: Tensor, matrices: Sequence[Tensor], segments: Segments, *, out: Sequence[Tensor]) -> None:
@@ -159,7 +154,7 @@ def local(
     Args:
         residuals: [R, I] or more rows.
         u: [R, I]; its memory becomes that of `c1`.
-        pairs: of `active`; the memory of their weights becomes that of surprise, where it is measured.
+        pairs: of `listed`; the memory of their weights becomes that of surprise, where it is measured.
         tokens: T.
         lengths: what surprise is made with; `None` measures none.
 

@@ -160,7 +160,7 @@ def _backward(
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
     tiling = Tiling(entries, whole_from)
-    sizes = [_rows(one, tiling) for one in weights] if len(weights) > 1 else [len(h1)]
+    sizes = _residual_rows(weights, tiling) if len(weights) > 1 else [len(h1)]
     residuals = map(Residuals, h1.split(sizes), h3.split(sizes))
     grads = [
         _backward_one(g, Experts(*experts), *inputs, kept, tiling, min_k, Wanted(*wanted))
@@ -171,10 +171,11 @@ def _backward(
     return tuple(map(_stacked, zip(*grads, strict=True)))
 
 
-def _rows(weights: Tensor, tiling: Tiling) -> int:
-    """Of the residuals of a bank with these combine weights [T, E]."""
-    active, every = int((weights != 0).sum()), weights.numel()
-    return every if tiling.computes_all(active, of=every) else active + 1
+def _residual_rows(weights: Tensor, tiling: Tiling) -> list[int]:
+    """Of each bank with these combine weights [N, T, E]."""
+    every = weights[0].numel()
+    counts = (weights != 0).flatten(1).sum(dim=1).tolist()
+    return [every if tiling.computes_all(active, of=every) else active + 1 for active in counts]
 
 
 def _backward_one(
